@@ -1,0 +1,286 @@
+"""Backbones as rows of unit blocks, the smallest pieces between which a network may be cut; torchvision's names kept.
+
+A unit block is the stem, one residual block (a cut inside a skip connection is ill-defined) or one convolution layer
+of a VGG with what follows it up to the next convolution.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from localsim.cifar_resnets import BLOCKS_PER_STAGE, CifarResNet
+from localsim.errors import UserError, one_of
+
+STEMS = ("imagenet", "cifar")
+_RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
+_VGGS = ("vgg11", "vgg11_bn")
+_CLASSIFIERS = ("fc.", "classifier.")
+# batch norm over a single image fails on a 1 x 1 map, so two are traced
+TRACE_BATCH = 2
+
+
+class UnitBlock(nn.Module):
+    """One unit block: torchvision modules run in order.
+
+    Args:
+        name: torchvision's name of the block, "stem" for what comes before the first residual block.
+        parts: torchvision's name of each module, and the module.
+    """
+
+    def __init__(self, name: str, parts: Iterable[tuple[str, nn.Module]]) -> None:
+        super().__init__()
+        names, modules = zip(*parts, strict=True)
+        self.name: str = name
+        self.part_names: tuple[str, ...] = names
+        self.parts = nn.ModuleList(modules)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(n, c, h, w)` to the block's output."""
+        for part in self.parts:
+            x = part(x)
+        return x
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A network without its pooling and classifier.
+
+    Attributes:
+        name: its name in `BACKBONES`.
+        units: the unit blocks, in the order in which they run.
+        natural_cuts: index of the unit block with which each natural stage begins; the first is 0.
+    """
+
+    name: str
+    units: tuple[UnitBlock, ...]
+    natural_cuts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class UnitTrace:
+    """What one unit block does to a float32 batch of `TRACE_BATCH` images in a training forward.
+
+    Attributes:
+        shape: `(channels, height, width)` of its output.
+        saved: bytes of every storage that autograd keeps for its backward, by an identity that is shared between
+            the unit blocks of one trace: a block's output may be kept by itself and by the next block.
+            Parameters and buffers are left out.
+    """
+
+    shape: tuple[int, int, int]
+    saved: dict[int, int]
+
+
+def _torchvision_resnet(name: str, zero_init_residual: bool) -> nn.Module:
+    import torchvision
+
+    return torchvision.models.get_model(name, weights=None, zero_init_residual=zero_init_residual)
+
+
+def _torchvision_vgg(name: str, zero_init_residual: bool) -> nn.Module:
+    import torchvision
+
+    return torchvision.models.get_model(name, weights=None)
+
+
+def _cifar_resnet(name: str, zero_init_residual: bool) -> nn.Module:
+    return CifarResNet(BLOCKS_PER_STAGE[name], zero_init_residual=zero_init_residual)
+
+
+BACKBONES: dict[str, Callable[[bool], nn.Module]] = {
+    **{name: partial(_torchvision_resnet, name) for name in _RESNETS},
+    **{name: partial(_torchvision_vgg, name) for name in _VGGS},
+    **{name: partial(_cifar_resnet, name) for name in BLOCKS_PER_STAGE},
+}
+"""Every backbone by name: the function that builds the whole model, given `zero_init_residual`."""
+
+
+def build_backbone(name: str, *, stem: str = "imagenet", zero_init_residual: bool = True) -> Backbone:
+    """Build a backbone with torchvision's own initialisation, from torch's default generator, without its classifier.
+
+    ResNet-18 to 101 and VGG-11 are torchvision's (natural stages: stem + layer1, layer2, ...; the five pooling
+    groups of the VGG); ResNet-20, 32 and 110 are those of He et al. 2016, section 4.2, for 32 x 32 images.
+
+    Args:
+        name: one of `BACKBONES`.
+        stem: "imagenet" is the stem as published for the network. "cifar" replaces the 7x7 convolution of stride 2
+            and the max-pool of ResNet-18 to 101 by one 3x3 convolution of stride 1, as is usual for 32 x 32 images;
+            it is what ResNet-20, 32 and 110 have anyway.
+        zero_init_residual: start the last batch norm of every residual block at zero, so that each block begins as
+            its shortcut (Goyal et al. 2017, arXiv:1706.02677, section 5.1). A VGG has no residual blocks.
+
+    Raises:
+        UserError: for an unknown name or stem, or the CIFAR stem on a VGG.
+    """
+    if name not in BACKBONES:
+        raise one_of("backbone", name, BACKBONES)
+    if stem not in STEMS:
+        raise one_of("stem", stem, STEMS)
+    if stem == "cifar" and name in _VGGS:
+        raise UserError(
+            f"stem 'cifar' has no meaning for {name}, which begins with a 3x3 convolution; allowed: imagenet"
+        )
+    model = BACKBONES[name](zero_init_residual)
+    if stem == "cifar" and name in _RESNETS:
+        _shrink_stem(model)
+    units, natural_cuts = _split_vgg(model) if name in _VGGS else _split_resnet(model)
+    return Backbone(name, tuple(units), tuple(natural_cuts))
+
+
+def _shrink_stem(model: nn.Module) -> None:
+    """Put the CIFAR stem in place, initialised as torchvision does for its other convolutions."""
+    conv = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    model.conv1 = conv
+    del model.maxpool
+
+
+def _split_resnet(model: nn.Module) -> tuple[list[UnitBlock], list[int]]:
+    children = dict(model.named_children())
+    stem = [(name, children[name]) for name in ("conv1", "bn1", "relu", "maxpool") if name in children]
+    units = [UnitBlock("stem", stem)]
+    natural_cuts = []
+    for layer in (name for name in children if name.startswith("layer")):
+        # the stem belongs to the first natural stage
+        natural_cuts.append(len(units) if natural_cuts else 0)
+        for index, block in children[layer].named_children():
+            units.append(UnitBlock(f"{layer}.{index}", [(f"{layer}.{index}", block)]))
+    return units, natural_cuts
+
+
+def _split_vgg(model: nn.Module) -> tuple[list[UnitBlock], list[int]]:
+    groups: list[list[tuple[str, nn.Module]]] = []
+    natural_cuts = [0]
+    for index, module in model.get_submodule("features").named_children():
+        if isinstance(module, nn.Conv2d):
+            if groups and isinstance(groups[-1][-1][1], nn.MaxPool2d):
+                natural_cuts.append(len(groups))
+            groups.append([])
+        groups[-1].append((f"features.{index}", module))
+    return [UnitBlock(group[0][0], group) for group in groups], natural_cuts
+
+
+def trunk_state_dict(units: Iterable[UnitBlock]) -> dict[str, Tensor]:
+    """Return parameters and buffers of unit blocks under torchvision's names, wherever the blocks are registered.
+
+    The tensors are detached but share memory with the blocks, as in `nn.Module.state_dict`.
+    """
+    state: dict[str, Tensor] = {}
+    for unit in units:
+        for name, part in zip(unit.part_names, unit.parts, strict=True):
+            part.state_dict(destination=state, prefix=f"{name}.")
+    return state
+
+
+def load_trunk_state_dict(units: Iterable[UnitBlock], state: Mapping[str, Tensor]) -> None:
+    """Copy weights under torchvision's names into unit blocks: all of them fit, or none is copied.
+
+    Classifier entries (`fc.` and `classifier.`) are ignored, for the trunk has none. Batch counters
+    (`num_batches_tracked`), which weights saved before torch 0.4.1 lack and no output depends on, may be missing
+    and are then set to zero.
+
+    Raises:
+        UserError: where entries are missing, unexpected or of another shape.
+    """
+    own = trunk_state_dict(units)
+    given = {name: value for name, value in state.items() if not name.startswith(_CLASSIFIERS)}
+    counters = {name for name in own if name.endswith(".num_batches_tracked") and name not in given}
+    problems = (
+        _first_of("missing", [name for name in own if name not in given and name not in counters]),
+        _first_of("unexpected", [name for name in given if name not in own]),
+        _first_of(
+            "of another shape",
+            [
+                f"{name} {tuple(given[name].shape)} instead of {tuple(value.shape)}"
+                for name, value in own.items()
+                if name in given and given[name].shape != value.shape
+            ],
+        ),
+    )
+    if any(problems):
+        raise UserError(f"these weights are of another architecture: {'; '.join(filter(None, problems))}")
+    for name, value in own.items():
+        if name in given:
+            value.copy_(given[name])
+        else:
+            value.zero_()
+
+
+def _first_of(what: str, entries: list[str], shown: int = 3) -> str:
+    rest = f" and {len(entries) - shown} more" if len(entries) > shown else ""
+    return f"{what}: {', '.join(entries[:shown])}{rest}" if entries else ""
+
+
+def trace_units(backbone: Backbone, image_size: int) -> list[UnitTrace]:
+    """Run a training forward of every unit block in order on the meta device, which computes and allocates nothing.
+
+    The backbone itself is neither changed nor moved.
+
+    Args:
+        backbone: what to trace.
+        image_size: side of the square input images, in pixels.
+
+    Raises:
+        UserError: for an image size that is no positive whole number or too small for the network.
+    """
+    if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1:
+        raise UserError(f"image size {image_size!r} is not a number of pixels; allowed: whole numbers from 1")
+    x = torch.empty(TRACE_BATCH, 3, image_size, image_size, dtype=torch.float32, device="meta")
+    traces = []
+    # identities are addresses, so no storage may be freed, and its address given anew, before the end
+    alive = []
+    for unit in backbone.units:
+        twin = _meta_twin(unit)
+        state = {_identity(tensor) for tensor in (*twin.parameters(), *twin.buffers())}
+        saved: dict[int, int] = {}
+
+        def pack(tensor: Tensor, state: set[int] = state, saved: dict[int, int] = saved) -> Tensor:
+            if _identity(tensor) not in state:
+                saved[_identity(tensor)] = tensor.untyped_storage().nbytes()
+                alive.append(tensor)
+            return tensor
+
+        alive.append(twin)
+        map_size = tuple(x.shape[2:])
+        try:
+            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                x = twin(x)
+        except RuntimeError as error:
+            raise UserError(
+                f"image size {image_size} is too small for {backbone.name}: "
+                f"{unit.name} cannot run on a map of {map_size[0]} x {map_size[1]}"
+            ) from error
+        channels, height, width = x.shape[1:]
+        traces.append(UnitTrace((channels, height, width), saved))
+    return traces
+
+
+def _meta_twin(unit: UnitBlock) -> UnitBlock:
+    """Return a copy in training mode whose tensors are on the meta device; `deepcopy` takes them from its memo."""
+    memo: dict[int, object] = {id(p): nn.Parameter(_meta_like(p)) for p in unit.parameters()}
+    memo |= {id(b): _meta_like(b) for b in unit.buffers()}
+    return copy.deepcopy(unit, memo).train()
+
+
+def _meta_like(tensor: Tensor) -> Tensor:
+    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+    return torch.empty_like(tensor, dtype=dtype, device="meta", requires_grad=False)
+
+
+def _identity(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def unit_shapes(backbone: Backbone, image_size: int) -> list[tuple[int, int, int]]:
+    """Return `(channels, height, width)` of every unit block's output for square images of `image_size` pixels.
+
+    Raises:
+        UserError: as `trace_units`.
+    """
+    return [trace.shape for trace in trace_units(backbone, image_size)]

@@ -1,0 +1,153 @@
+"""The configuration of a run: every choice that decides its numbers, resolved, in one flat record."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from localsim.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A resolved configuration; `localsim.presets.resolve` makes one from a rule, a preset and overrides.
+
+    It is written to `config.json` in the run folder, and a run is rebuilt from it alone.
+    """
+
+    # what is learned where
+    rule: str
+    preset: str
+    granularity: int | str | None  # number of stages, or network, stage, block; None: what `cuts` lists
+    cuts: str  # auto, balanced, or the unit blocks at which stages begin
+    reach: int | None  # stages down that every tap's credit goes; None: the rule's own matrix
+    credit: dict[str, Any] | None  # an explicit matrix (Credit.to_config); None: the rule's, or by reach
+    objective: str
+    objective_options: dict[str, Any]
+    readout: str
+    expand_width: int  # channels of the `expand` readout
+    projector: list[int]  # widths of the projector's layers
+    projector_init: str  # private: drawn per tap; identical: one draw for all taps, as in the released code
+    noise: str  # none, or kind:sigma
+    # network
+    backbone: str
+    stem: str
+    zero_init_residual: bool
+    image_size: int  # side of the square training images, in pixels
+    # data
+    data: str  # a data set's name, or a folder of images
+    data_root: str | None  # where torchvision keeps its data sets
+    train_images: int | None  # a class-balanced part of the training images; None: all
+    test_images: int | None
+    augmentation: str
+    # training
+    epochs: int
+    batch_size: int
+    optimizer: str
+    lr: float  # peak learning rate; with lr_scaling "linear", per 256 images of the batch
+    lr_scaling: str  # linear or none
+    weight_decay: float
+    momentum: float  # LARS and SGD
+    warmup_epochs: float
+    final_lr_factor: float  # the cosine ends at this part of the peak
+    precision: str  # full or bf16
+    channels_last: bool
+    seed: int
+    # probe at the end of the run
+    probe_protocol: str  # logistic, or paper (Siddiqui et al. 2023)
+    probe_images: int | None  # training images that the probes see; None: all
+    # how it is run: does not change the numbers, may differ when a run is resumed
+    max_steps: int | None = field(default=None, metadata={"free": True})  # stop after so many; the schedule stays
+    device: str = field(default="auto", metadata={"free": True})
+    workers: int = field(default=0, metadata={"free": True})  # processes that decode streamed images
+    log_every: int = 10  # steps between lines of metrics
+    checkpoint_minutes: float = field(default=5.0, metadata={"free": True})  # besides the end of every epoch
+
+    def __post_init__(self) -> None:
+        for name, low in _AT_LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value) and low <= value < math.inf):
+                raise UserError(f"{name} is {value!r}; allowed: numbers from {low}")
+        for name, allowed in _ONE_OF.items():
+            if getattr(self, name) not in allowed:
+                raise UserError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(map(str, allowed))}")
+        for name in ("lr", "image_size", "epochs"):
+            if getattr(self, name) == 0:
+                raise UserError(f"{name} is 0; allowed: numbers above 0")
+        for name in _WHOLE:
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int) and not isinstance(value, bool)):
+                raise UserError(f"{name} is {value!r}; allowed: whole numbers")
+        if self.reach is not None and self.credit is not None:
+            raise UserError("reach and an explicit credit matrix contradict each other; give one of them")
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Return the names of all fields, which are what `--set` takes."""
+        return [f.name for f in dataclasses.fields(cls)]
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], source: str | Path) -> Config:
+        """Return the configuration that a `config.json` holds; UserError naming `source` if it holds something else."""
+        known = {f.name: f for f in dataclasses.fields(cls)}
+        unknown = [name for name in values if name not in known]
+        missing = [n for n, f in known.items() if n not in values and f.default is dataclasses.MISSING]
+        if unknown or missing:
+            said = [f"unknown entries {', '.join(unknown)}"] * bool(unknown)
+            said += [f"missing entries {', '.join(missing)}"] * bool(missing)
+            raise UserError(f"{source} is not a configuration of this version of localsim: {'; '.join(said)}")
+        return cls(**values)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plain values of all fields."""
+        return dataclasses.asdict(self)
+
+    def changed_by(self, overrides: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Return the fields that `overrides` would change and that decide the numbers: name -> (here, there)."""
+        free = {f.name for f in dataclasses.fields(self) if f.metadata.get("free")}
+        return {
+            name: (getattr(self, name), value)
+            for name, value in overrides.items()
+            if name not in free and getattr(self, name) != value
+        }
+
+
+_AT_LEAST = {
+    "expand_width": 1,
+    "image_size": 0,
+    "train_images": 1,
+    "test_images": 1,
+    "epochs": 0,
+    "batch_size": 2,
+    "lr": 0,
+    "weight_decay": 0,
+    "momentum": 0,
+    "warmup_epochs": 0,
+    "final_lr_factor": 0,
+    "seed": 0,
+    "probe_images": 1,
+    "max_steps": 1,
+    "workers": 0,
+    "log_every": 1,
+    "checkpoint_minutes": 0,
+}
+_WHOLE = (
+    "reach", "expand_width", "image_size", "train_images", "test_images", "epochs", "batch_size", "seed",
+    "probe_images", "max_steps", "workers", "log_every",
+)  # fmt: skip
+_ONE_OF = {
+    "projector_init": ("private", "identical"),
+    "lr_scaling": ("linear", "none"),
+    "precision": ("full", "bf16"),
+    "probe_protocol": ("logistic", "paper"),
+    "zero_init_residual": (True, False),
+    "channels_last": (True, False),
+}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

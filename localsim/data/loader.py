@@ -1,0 +1,269 @@
+"""Batches of views for training, and of plain images for evaluation, from memory or streamed from disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset
+
+from localsim import rng
+from localsim.data.augment import Augmentation, augment_batch, crop_image, recolour_
+from localsim.data.datasets import ImageSet, Triple, warn_skipped
+from localsim.data.images import UnreadableImageError, decode
+from localsim.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Some images.
+
+    Attributes:
+        views: one or more `(n, 3, size, size)` float32 tensors, normalised, on the loader's device.
+        labels: `(n,)` int64 on the loader's device, or None if unlabelled.
+        indices: `(n,)` int64 places of the images in their ImageSet, on the CPU.
+    """
+
+    views: tuple[Tensor, ...]
+    labels: Tensor | None
+    indices: Tensor
+
+
+class ViewLoader:
+    """Random views of shuffled images, epoch by epoch.
+
+    The order of an epoch and every view depend on the seed, the epoch and the image only: not on the number of workers
+    or on where the epoch is entered.
+
+    Args:
+        images: what to draw from.
+        augmentation: how views are made.
+        size: height and width of the views, in pixels.
+        batch_size: images in a batch; the rest of an epoch that does not fill one is left out.
+        seed: of the order and the views.
+        mean, std: per channel, to normalise by.
+        num_views: views of each image.
+        workers: processes that decode and crop streamed images; 0 does it in this process. Images in memory need none.
+        device: where views are recoloured (images in memory: made) and returned.
+
+    Attributes:
+        steps_per_epoch: batches in an epoch.
+        num_skipped: streamed files found unreadable so far. They are left out of their batches, with one warning each.
+
+    Raises:
+        UserError: if the batch, the views or the workers cannot be had from these images.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        augmentation: Augmentation,
+        *,
+        size: int,
+        batch_size: int,
+        seed: int,
+        mean: Triple,
+        std: Triple,
+        num_views: int = 2,
+        workers: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        _check_at_least(("size", size, 1), ("batch_size", batch_size, 2), ("num_views", num_views, 1))
+        _check_at_least(("workers", workers, 0))
+        if len(images) < batch_size:
+            raise UserError(f"batch_size is {batch_size}, but there are only {len(images)} images to train on")
+        self.images, self.augmentation, self.size, self.batch_size = images, augmentation, size, batch_size
+        self.seed, self.num_views, self.workers, self.device = seed, num_views, workers, torch.device(device)
+        self.steps_per_epoch = len(images) // batch_size
+        self._normalise = _normaliser(mean, std, self.device)
+        self._skipped: set[str] = set()
+
+    @property
+    def num_skipped(self) -> int:
+        return len(self._skipped)
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """Iterate over an epoch's batches from `start_step` on: the very batches of an epoch that was not interrupted.
+
+        Raises:
+            UserError: when fewer than two images of a batch can be read.
+        """
+        if not 0 <= start_step <= self.steps_per_epoch:
+            raise ValueError(f"start_step is {start_step}; an epoch has {self.steps_per_epoch} steps")
+        order = torch.randperm(len(self.images), generator=rng.generator(self.seed, "order", epoch))
+        order = order[start_step * self.batch_size : self.steps_per_epoch * self.batch_size]
+        key = (self.seed, "augment", epoch)
+        return self._from_memory(order, key) if self.images.paths is None else self._streamed(order, key)
+
+    def _from_memory(self, order: Tensor, key: tuple[rng.Part, ...]) -> Iterator[Batch]:
+        pixels = cast(Tensor, self.images.images)
+        for start in range(0, len(order), self.batch_size):
+            indices = order[start : start + self.batch_size]
+            source = pixels[indices].to(self.device)
+            make = partial(augment_batch, source, indices.numpy(), self.augmentation, size=self.size, key=key)
+            views = tuple(self._normalise(make(view=view)) for view in range(self.num_views))
+            yield Batch(views, _labels(self.images, indices, self.device), indices)
+
+    def _streamed(self, order: Tensor, key: tuple[rng.Part, ...]) -> Iterator[Batch]:
+        crop = partial(_crops, augmentation=self.augmentation, size=self.size, num_views=self.num_views, key=key)
+        for indices, crops, failures in _stream(self.images, order, crop, self.batch_size, self.workers, self.device):
+            _warn_once(failures, self._skipped)
+            if len(indices) < 2:
+                raise UserError(
+                    f"only {len(indices)} of a batch of {self.batch_size} images could be read, the last failure being "
+                    f"{failures[-1][1]}"
+                )
+            views = []
+            for view in range(self.num_views):
+                bytes_read = crops[:, view].to(self.device, non_blocking=True)
+                coloured = recolour_(
+                    bytes_read.float().div_(255), indices.numpy(), self.augmentation, view=view, key=key
+                )
+                views.append(self._normalise(coloured))
+            yield Batch(tuple(views), _labels(self.images, indices, self.device), indices)
+
+
+def plain_batches(
+    images: ImageSet,
+    *,
+    size: int,
+    batch_size: int,
+    mean: Triple,
+    std: Triple,
+    workers: int = 0,
+    device: torch.device | str = "cpu",
+) -> Iterator[Batch]:
+    """Iterate over all images once, in order and unaugmented, one view each; the last batch may be smaller.
+
+    Images of another size are resized (bilinear, antialiased) until the shorter side is 8/7 of `size`, and cropped to
+    the central square: 256 and 224 pixels in torchvision's evaluation of ImageNet. Unreadable streamed files are left
+    out with a warning that names them; `indices` says which images a batch holds.
+
+    Raises:
+        UserError: if a number is out of range, or no image can be read.
+    """
+    _check_at_least(("size", size, 1), ("batch_size", batch_size, 1), ("workers", workers, 0))
+    return _plain_batches(images, size, batch_size, workers, torch.device(device), mean, std)
+
+
+def _plain_batches(
+    images: ImageSet, size: int, batch_size: int, workers: int, device: torch.device, mean: Triple, std: Triple
+) -> Iterator[Batch]:
+    normalise = _normaliser(mean, std, device)
+    everything = torch.arange(len(images))
+    if images.images is not None:
+        for indices in everything.split(batch_size):
+            plain = _central(images.images[indices].to(device), size)
+            yield Batch((normalise(plain.float().div_(255)),), _labels(images, indices, device), indices)
+        return
+    skipped: set[str] = set()
+    for indices, plain, failures in _stream(
+        images, everything, partial(_one_view, size=size), batch_size, workers, device
+    ):
+        _warn_once(failures, skipped)
+        if len(indices):
+            view = normalise(plain[:, 0].to(device, non_blocking=True).float().div_(255))
+            yield Batch((view,), _labels(images, indices, device), indices)
+    if len(skipped) == len(images):
+        raise UserError(f"none of the {len(images)} images can be read")
+
+
+Failure = tuple[str, str]
+"""The path of an unreadable image, and what is wrong with it."""
+
+
+class _Files(Dataset):
+    """Image files as `(index, views)`, or `(index, failure)` where one cannot be read."""
+
+    def __init__(self, paths: tuple[Path, ...], transform: Callable[[Tensor, int], Tensor]) -> None:
+        self.paths, self.transform = paths, transform
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor | Failure]:
+        try:
+            return index, self.transform(decode(self.paths[index]), index)
+        except UnreadableImageError as error:
+            return index, (str(self.paths[index]), str(error))
+
+
+def _stream(
+    images: ImageSet,
+    order: Tensor,
+    transform: Callable[[Tensor, int], Tensor],
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+) -> Iterator[tuple[Tensor, Tensor, list[Failure]]]:
+    """Iterate over `(indices, views, failures)` of the images in `order`; `transform(image, index)` makes the views."""
+    loader = DataLoader(
+        _Files(cast(tuple, images.paths), transform),
+        sampler=cast(list[int], order.tolist()),
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=device.type == "cuda",
+        generator=rng.generator("workers"),  # else it draws their seeds from torch's default generator
+    )
+    return iter(loader)
+
+
+def _collate(items: list[tuple[int, Tensor | Failure]]) -> tuple[Tensor, Tensor, list[Failure]]:
+    read = [(index, views) for index, views in items if isinstance(views, Tensor)]
+    failures = [failure for _, failure in items if not isinstance(failure, Tensor)]
+    indices = torch.tensor([index for index, _ in read], dtype=torch.int64)
+    return indices, torch.stack([views for _, views in read]) if read else torch.empty(0), failures
+
+
+def _crops(
+    image: Tensor, index: int, augmentation: Augmentation, size: int, num_views: int, key: tuple[rng.Part, ...]
+) -> Tensor:
+    """Return `(num_views, 3, size, size)` uint8 random crops."""
+    crops = [crop_image(image, index, augmentation, size=size, view=view, key=key) for view in range(num_views)]
+    return torch.stack(crops)
+
+
+def _one_view(image: Tensor, index: int, size: int) -> Tensor:
+    """Return the `(1, 3, size, size)` uint8 centre; `index` is what `_Files` hands to every transform."""
+    return _central(image[None], size)
+
+
+def _central(images: Tensor, size: int) -> Tensor:
+    """Return the `(n, 3, size, size)` centres of `(n, 3, H, W)` uint8 images, resized first unless of that size."""
+    height, width = images.shape[-2:]
+    if (height, width) == (size, size):
+        return images
+    target = max(round(size * 8 / 7), size)
+    shape = [max(target, int(target * side / min(height, width))) for side in (height, width)]
+    resized = functional.interpolate(images.float(), size=shape, mode="bilinear", antialias=True)
+    top, left = round((shape[0] - size) / 2), round((shape[1] - size) / 2)
+    return resized[..., top : top + size, left : left + size].round().to(torch.uint8)
+
+
+def _normaliser(mean: Triple, std: Triple, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Return the function that normalises `(n, 3, H, W)` values between 0 and 1 in place."""
+    centre = torch.tensor(mean, device=device)[:, None, None]
+    scale = torch.tensor(std, device=device)[:, None, None]
+    return lambda images: images.sub_(centre).div_(scale)
+
+
+def _labels(images: ImageSet, indices: Tensor, device: torch.device) -> Tensor | None:
+    return None if images.labels is None else images.labels[indices].to(device)
+
+
+def _warn_once(failures: list[Failure], known: set[str]) -> None:
+    """Warn of the failures whose path is not `known` yet, and remember them."""
+    for path, reason in failures:
+        if path not in known:
+            known.add(path)
+            warn_skipped(reason)
+
+
+def _check_at_least(*values: tuple[str, int, int]) -> None:
+    for what, value, lowest in values:
+        if value < lowest:
+            raise UserError(f"{what} is {value}; it must be at least {lowest}")

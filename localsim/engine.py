@@ -1,0 +1,291 @@
+"""One learning step: forward stage by stage, and every tap's gradient routed exactly as far as the credit matrix says.
+
+Each stage runs on a detached leaf, so its graph is a segment of its own. A tap turns its stage's output into a loss and
+yields a boundary gradient, a *signal*, which vector-Jacobian products (VJPs) carry down segment by segment:
+
+- the parameter VJP of a segment runs once, on the credit-weighted sum of all its signals (a VJP is linear);
+- the input VJP runs once per group of signals whose remaining rows of C are proportional, and computes no parameter
+  gradients; when one group is all there is, both VJPs are one call;
+- a segment is freed as soon as no later tap can reach it. Its gradients are then final, and it may be updated.
+
+This file is the only place that cuts the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from localsim.errors import UserError
+from localsim.network import LocalNetwork, Tap
+from localsim.rng import keyed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hooks:
+    """Functions that the engine calls while it works; tensors handed to them are detached.
+
+    Args:
+        on_stage: `(stage, outputs per view, stages whose graphs are alive)` after a stage's forward pass.
+        on_tap: `(tap, embeddings per view, loss)` after a tap's loss, before its gradient; may raise to stop the step.
+        on_final: `(parameters)` as soon as the gradients of a stage or a tap are final and in `.grad`.
+    """
+
+    on_stage: Callable[[int, list[Tensor], tuple[int, ...]], None] | None = None
+    on_tap: Callable[[int, tuple[Tensor, ...], Tensor], None] | None = None
+    on_final: Callable[[list[nn.Parameter]], None] | None = None
+
+
+@dataclass
+class _Signal:
+    """A boundary gradient at the top of a segment and the credit that its tap (or merged taps) has from here down."""
+
+    row: np.ndarray
+    grads: list[Tensor]
+    sent: bool = False
+
+
+@dataclass
+class _Segment:
+    """The graph of one stage: leaf inputs and outputs for every view, and the signals that arrived at its top."""
+
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+    parameters: list[nn.Parameter]
+    signals: list[_Signal] = field(default_factory=list)
+
+
+def backward(
+    net: LocalNetwork,
+    *views: Tensor,
+    labels: Tensor | None = None,
+    key: int | None = None,
+    eager: bool = True,
+    precision: str = "full",
+    hooks: Hooks | None = None,
+) -> dict[int, Tensor]:
+    """Run one forward pass of every view and add to every `.grad` what the credit matrix allows.
+
+    For stage i: `grad_i += sum_t C[t, i] dL_t/dtheta_i`; for the readout and head of tap t: `grad += dL_t/dparameter`.
+    Views pass each stage one after the other, so batch norm sees each view alone and moves its running statistics once
+    per view.
+
+    Args:
+        net: the network; its mode (train or eval) is left as it is.
+        views: one or more views of the same images, each `(batch, 3, height, width)`.
+        labels: `(batch,)` class indices for objectives that use them.
+        key: names the step's random draws (noise, dropout, negatives). None draws one from torch's default generator.
+        eager: route and free as early as the matrix allows. False keeps all graphs until every loss is known; the
+            gradients are the same bits.
+        precision: `full` runs in the dtype of the weights; `bf16` runs stages, readouts and heads under bfloat16
+            autocast. Objectives are computed in float32 (float64 for float64 weights) either way.
+        hooks: see `Hooks`.
+
+    Returns:
+        The detached loss of every tap, by its index in `net.taps`.
+
+    Raises:
+        UserError: no view was given, or the precision is unknown.
+    """
+    if not views:
+        raise UserError("engine.backward needs at least one view of the images")
+    if key is None:
+        key = int(torch.randint(2**62, ()))
+    step = _Step(net, labels, key, precision, hooks or Hooks())
+    inputs = list(views)
+    for now in range(len(net.stages)):
+        inputs = step.run_stage(now, inputs)
+        if eager:
+            step.fire_and_route(now)
+    if not eager:
+        for now in range(len(net.stages)):
+            step.fire_and_route(now)
+    return step.losses
+
+
+class _Step:
+    """The state of one step: living segments, outputs that taps still wait for, and the losses so far."""
+
+    def __init__(self, net: LocalNetwork, labels: Tensor | None, key: int, precision: str, hooks: Hooks) -> None:
+        self.net = net
+        self.labels = labels
+        self.key = key
+        self.hooks = hooks
+        self.autocast = _autocast(precision, net.device.type)
+        taps: list[Tap] = list(net.taps)  # type: ignore[arg-type]
+        self.waiting = dict(enumerate(taps))
+        self.last_use = net.credit.last_use([tap.fires for tap in taps])
+        self.alive: dict[int, _Segment] = {}
+        self.held: dict[int, list[Tensor]] = {}
+        self.losses: dict[int, Tensor] = {}
+
+    # -- forward -----------------------------------------------------------------------------------------------------
+
+    def run_stage(self, stage: int, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Run one stage on all views; return its detached outputs, the next stage's inputs."""
+        module = self.net.stages[stage]
+        goes_below = any(
+            tap_stage >= stage and row[:stage].any()
+            for tap_stage, row in zip(self.net.credit.taps, self.net.credit.matrix, strict=True)
+        )
+        leaves = [x.detach().requires_grad_(goes_below) for x in inputs]
+        outputs = []
+        with torch.set_grad_enabled(self.last_use[stage] >= 0):
+            for view, leaf in enumerate(leaves):
+                with keyed(self.key, "stage", stage, view, device=self.net.device), self.autocast():
+                    outputs.append(module(leaf))
+        if self.last_use[stage] >= 0:
+            self.alive[stage] = _Segment(leaves if goes_below else [], outputs, _trainable(module))
+        detached = [out.detach() for out in outputs]
+        if any(stage in (tap.stage, tap.context) for tap in self.waiting.values()):
+            self.held[stage] = detached
+        if self.hooks.on_stage:
+            self.hooks.on_stage(stage, detached, tuple(self.alive))
+        return detached
+
+    # -- taps --------------------------------------------------------------------------------------------------------
+
+    def fire_and_route(self, now: int) -> None:
+        """Compute the losses that become possible after stage `now`, then route and free what is complete."""
+        for tap_index, tap in list(self.waiting.items()):
+            if tap.fires == now:
+                del self.waiting[tap_index]
+                self.fire(tap_index, tap)
+        for stage in list(self.held):
+            if not any(stage in (tap.stage, tap.context) for tap in self.waiting.values()):
+                del self.held[stage]
+        self.route(now)
+
+    def fire(self, index: int, tap: Tap) -> None:
+        """Compute one tap's loss, add its own gradients, and leave its signal at the top of its stage's segment."""
+        credit = self.net.credit
+        wanted = credit.lowest(index) is not None
+        parameters = _trainable(tap)
+        contexts = [None] * len(self.held[tap.stage]) if tap.context is None else self.held[tap.context]
+        reads = [h.detach().requires_grad_(wanted) for h in self.held[tap.stage]]
+        embeddings = []
+        for view, (read, context) in enumerate(zip(reads, contexts, strict=True)):
+            with keyed(self.key, "tap", index, view, device=self.net.device), self.autocast():
+                embeddings.append(_at_least_float32(tap(read, context)))
+        with keyed(self.key, "objective", index, device=self.net.device):
+            loss = tap.objective(tuple(embeddings), self.labels)
+        self.losses[index] = loss.detach()
+        if self.hooks.on_tap:
+            self.hooks.on_tap(index, tuple(z.detach() for z in embeddings), loss.detach())
+        targets = [*(reads if wanted else []), *parameters]
+        if not targets:
+            return
+        grads = torch.autograd.grad(loss, targets, allow_unused=True)
+        if wanted:
+            signal = [torch.zeros_like(h) if g is None else g for h, g in zip(reads, grads, strict=False)]
+            self.alive[tap.stage].signals.append(_Signal(credit.matrix[index, : tap.stage + 1], signal))
+            grads = grads[len(reads) :]
+        self.finish(parameters, grads)
+
+    # -- credit routing ----------------------------------------------------------------------------------------------
+
+    def route(self, now: int) -> None:
+        """Retire every segment that no tap after stage `now` can reach, sending down the signals that this takes."""
+        retiring = [stage for stage in self.alive if self.last_use[stage] <= now]
+        for stage in sorted(self.alive, reverse=True):
+            if stage in retiring:
+                self.retire(stage)
+            else:
+                self.send(stage, for_stages_up_to=max((r for r in retiring if r < stage), default=-1))
+
+    def send(self, stage: int, for_stages_up_to: int) -> None:
+        """Carry down, through a segment that stays alive, the signals that the retiring stages below wait for."""
+        segment = self.alive[stage]
+        moving = [s for s in segment.signals if not s.sent and s.row[: for_stages_up_to + 1].any()]
+        for group in _merged(moving, stage):
+            grads = torch.autograd.grad(segment.outputs, segment.inputs, group.grads, retain_graph=True)
+            self.alive[stage - 1].signals.append(_Signal(group.row[:stage], list(grads)))
+        for signal in moving:
+            signal.sent = True
+
+    def retire(self, stage: int) -> None:
+        """Give a segment its parameter gradients, send its remaining signals down, and free its graph."""
+        segment = self.alive.pop(stage)
+        whole = _merged(segment.signals, stage + 1)
+        if len(whole) == 1 and not any(signal.sent for signal in segment.signals):
+            jobs = [(whole[0], whole[0].row[stage], whole[0].row[:stage].any())]
+        else:
+            here = [s for s in segment.signals if s.row[stage] > 0]
+            below = [s for s in segment.signals if not s.sent and s.row[:stage].any()]
+            jobs = [(group, 0.0, True) for group in _merged(below, stage)]
+            if here:
+                jobs.append((_summed(here, stage), 1.0, False))
+        parameter_grads: Sequence[Tensor | None] = [None] * len(segment.parameters)
+        for number, (signal, weight, goes_below) in enumerate(jobs):
+            inputs = segment.inputs if goes_below else []
+            targets = [*inputs, *(segment.parameters if weight > 0 else [])]
+            if not targets:
+                continue
+            grads = torch.autograd.grad(
+                segment.outputs, targets, signal.grads, retain_graph=number + 1 < len(jobs), allow_unused=True
+            )
+            if goes_below:
+                below_grads = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads, strict=False)]
+                self.alive[stage - 1].signals.append(_Signal(signal.row[:stage], below_grads))
+            if weight > 0:
+                own = grads[len(inputs) :]
+                parameter_grads = own if weight == 1 else [None if g is None else g * weight for g in own]
+        self.finish(segment.parameters, parameter_grads)
+
+    def finish(self, parameters: list[nn.Parameter], grads: Sequence[Tensor | None]) -> None:
+        """Add final gradients to `.grad` and say so."""
+        for parameter, grad in zip(parameters, grads, strict=True):
+            if grad is not None:
+                parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+        if self.hooks.on_final and any(grad is not None for grad in grads):
+            self.hooks.on_final(parameters)
+
+
+def _merged(signals: Sequence[_Signal], width: int) -> list[_Signal]:
+    """Return one signal per group whose rows, up to `width`, are proportional; rows of zeros are dropped."""
+    groups: dict[bytes, list[_Signal]] = {}
+    for signal in signals:
+        row = signal.row[:width]
+        if row.any():
+            groups.setdefault((row / row.max()).tobytes(), []).append(signal)
+    merged = []
+    for group in groups.values():
+        first, *others = group
+        grads = first.grads
+        for other in others:
+            ratio = float(other.row[:width].max() / first.row[:width].max())
+            grads = [g + o * ratio for g, o in zip(grads, other.grads, strict=True)]
+        merged.append(_Signal(first.row, grads))
+    return merged
+
+
+def _summed(signals: Sequence[_Signal], stage: int) -> _Signal:
+    """Return the sum of signals weighted with their credit for `stage`."""
+    grads = [g * float(signals[0].row[stage]) for g in signals[0].grads]
+    for signal in signals[1:]:
+        grads = [total + g * float(signal.row[stage]) for total, g in zip(grads, signal.grads, strict=True)]
+    return _Signal(np.zeros(0), grads)
+
+
+def _trainable(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def _at_least_float32(z: Tensor) -> Tensor:
+    return z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
+
+
+PRECISIONS = ("full", "bf16")
+
+
+def _autocast(precision: str, device_type: str) -> Callable[[], AbstractContextManager]:
+    if precision == "full":
+        return nullcontext
+    if precision == "bf16":
+        return lambda: torch.autocast(device_type, dtype=torch.bfloat16)
+    raise UserError(f"unknown precision {precision!r}; allowed: {', '.join(PRECISIONS)}")

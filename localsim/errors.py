@@ -1,0 +1,17 @@
+"""The one error class for what a user can put right: its message is a sentence to show, not a traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """What was asked cannot be done; the message names the offending value and what is allowed.
+
+    The command line prints it on stderr without a traceback and exits with code 2.
+    """
+
+
+def one_of(what: str, value: object, allowed: Iterable[object]) -> UserError:
+    """Return the error for a `value` of `what` that is not among the `allowed` ones."""
+    return UserError(f"unknown {what} {value!r}; allowed: {', '.join(str(a) for a in allowed)}")

@@ -1,0 +1,134 @@
+"""A backbone cut into stages, with taps: what the engine runs. Nothing here knows of any particular rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from localsim.backbones import UnitBlock, load_trunk_state_dict, trunk_state_dict
+from localsim.credit import Credit
+from localsim.errors import UserError
+
+Objective = Callable[[tuple[Tensor, ...], Tensor | None], Tensor]
+"""Takes the embeddings of every view and the labels (or None), returns a scalar loss."""
+
+
+class Stage(nn.Module):
+    """Consecutive unit blocks between two cuts, followed by what happens at the boundary (noise, or nothing)."""
+
+    def __init__(self, units: Sequence[UnitBlock], boundary: nn.Module | None = None) -> None:
+        super().__init__()
+        self.units = nn.ModuleList(units)
+        self.boundary = nn.Identity() if boundary is None else boundary
+
+    @property
+    def name(self) -> str:
+        """The unit blocks it spans, e.g. `stem..layer1.2`."""
+        names = [str(unit.name) for unit in self.units]
+        return names[0] if len(names) == 1 else f"{names[0]}..{names[-1]}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the stage's output map for the map (or images) `x`."""
+        for unit in self.units:
+            x = unit(x)
+        return self.boundary(x)
+
+
+class Tap(nn.Module):
+    """A place where a local loss reads: the output of one stage, through a readout and a head.
+
+    Args:
+        stage: the stage it reads, from 0.
+        readout: map `(batch, channels, height, width)` to vectors.
+        head: vectors to embeddings; private to this tap.
+        objective: what it minimises, a function of the embeddings of all views and the labels.
+        context: a stage above, whose detached activity `head(readout, activity)` also needs; the tap then waits for it.
+    """
+
+    def __init__(
+        self, stage: int, readout: nn.Module, head: nn.Module, objective: Objective, context: int | None = None
+    ) -> None:
+        super().__init__()
+        self.stage = stage
+        self.readout = readout
+        self.head = head
+        self.objective = objective
+        self.context = context
+
+    @property
+    def name(self) -> str:
+        """Its name in metrics and plots; stages count from 1 there."""
+        return f"stage{self.stage + 1}"
+
+    @property
+    def fires(self) -> int:
+        """The stage after whose forward pass its loss can be computed."""
+        return self.stage if self.context is None else max(self.stage, self.context)
+
+    def forward(self, h: Tensor, context: Tensor | None = None) -> Tensor:
+        """Return the embedding of a stage output `h`."""
+        read = self.readout(h)
+        return self.head(read) if context is None else self.head(read, context)
+
+
+class LocalNetwork(nn.Module):
+    """Stages, taps and the credit matrix that joins them.
+
+    Args:
+        stages: from the input up.
+        taps: one per row of `credit`, in its order.
+        credit: which tap may change which stage.
+
+    Raises:
+        UserError: taps, stages and credit do not fit together.
+    """
+
+    def __init__(self, stages: Sequence[Stage], taps: Sequence[Tap], credit: Credit) -> None:
+        super().__init__()
+        if credit.num_stages != len(stages):
+            raise UserError(f"the credit matrix has {credit.num_stages} stages but the network has {len(stages)}")
+        if credit.taps != tuple(tap.stage for tap in taps):
+            raise UserError(f"the credit matrix has taps on {credit.taps}, the network on {[t.stage for t in taps]}")
+        self.stages = nn.ModuleList(stages)
+        self.taps = nn.ModuleList(taps)
+        self.credit = credit
+
+    @property
+    def units(self) -> list[UnitBlock]:
+        """All unit blocks, from the input up."""
+        return [unit for stage in self.stages for unit in stage.units]  # type: ignore[union-attr]
+
+    @property
+    def units_per_stage(self) -> list[int]:
+        """How many unit blocks each stage spans."""
+        return [len(stage.units) for stage in self.stages]  # type: ignore[arg-type]
+
+    @property
+    def device(self) -> torch.device:
+        """Where its parameters are."""
+        return next(self.parameters()).device
+
+    def stage_outputs(self, x: Tensor) -> Iterator[Tensor]:
+        """Yield the output map of every stage for images `x` of shape `(batch, 3, height, width)`, lowest first."""
+        for stage in self.stages:
+            x = stage(x)
+            yield x
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the last stage's output map; gradients flow as in any network (the engine, not this, cuts the graph)."""
+        for out in self.stage_outputs(x):
+            x = out
+        return x
+
+    def trunk_state_dict(self) -> dict[str, Tensor]:
+        """Return the trunk's weights under torchvision's names: they load into the torchvision model with strict=True.
+
+        Give that model `fc = torch.nn.Identity()` (`classifier` for a VGG) first: a trunk has no classifier.
+        """
+        return trunk_state_dict(self.units)
+
+    def load_trunk_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Load weights under torchvision's names; raises UserError if they are of another architecture."""
+        load_trunk_state_dict(self.units, state)

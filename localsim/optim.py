@@ -1,0 +1,157 @@
+"""Optimisers and the learning-rate schedule: LARS as published with Barlow Twins, SGD, AdamW; warm-up and cosine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from localsim.errors import UserError, one_of
+
+OPTIMIZERS = ("lars", "sgd", "adamw")
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling: every weight's step is proportional to that weight's own norm.
+
+    For a parameter w of two or more dimensions with gradient g and momentum buffer mu (zero at first)::
+
+        g  <- g + weight_decay * w
+        g  <- g * eta * |w| / |g|      (unscaled where either norm is zero)
+        mu <- momentum * mu + g
+        w  <- w - lr * mu
+
+    Parameters of at most one dimension (biases, normalisation gains) get neither weight decay nor scaling. Parameters
+    without a gradient are skipped, their momentum untouched, so that stages may be stepped one at a time.
+
+    Source: You, Gitman & Ginsburg 2017, "Large batch training of convolutional networks", Algorithm 1; this order of
+    operations is that of the released Barlow Twins code (Zbontar et al. 2021), whose test for the exempted parameters
+    is "exactly one dimension": it differs for scalars only, of which its networks have none.
+
+    Raises:
+        UserError: a hyper-parameter is negative or not finite.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        eta: float = 0.001,
+    ) -> None:
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta}
+        for name, value in defaults.items():
+            _not_negative(name, value)
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Take one step over all parameters that have a gradient; return the closure's loss, or None without one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    self._update(weight, group)
+        return loss
+
+    def _update(self, weight: torch.Tensor, group: dict[str, Any]) -> None:
+        change = weight.grad
+        assert change is not None
+        if weight.ndim > 1:
+            change = change.add(weight, alpha=group["weight_decay"])
+            size, length = weight.norm(), change.norm()
+            # torch.where instead of `if`: a branch on the norms would wait for the device at every parameter
+            scale = torch.where((size > 0) & (length > 0), group["eta"] * size / length, torch.ones_like(size))
+            change = change.mul_(scale)
+        state = self.state[weight]
+        if "mu" not in state:
+            state["mu"] = torch.zeros_like(weight)
+        state["mu"].mul_(group["momentum"]).add_(change)
+        weight.add_(state["mu"], alpha=-group["lr"])
+
+
+def make_optimizer(
+    name: str, params: Iterable[nn.Parameter], *, lr: float, weight_decay: float, momentum: float = 0.9
+) -> torch.optim.Optimizer:
+    """Return the optimiser of that name, with weight decay on the parameters of two or more dimensions only.
+
+    Biases and normalisation gains (at most one dimension) form a second parameter group whose weight decay is 0, for
+    all three optimisers alike.
+
+    Args:
+        name: one of `OPTIMIZERS`.
+        params: the parameters to train.
+        lr: learning rate; a schedule sets `group["lr"]` at each step.
+        weight_decay: added to the gradient (lars, sgd) or decoupled from it (adamw, Loshchilov & Hutter 2019).
+        momentum: of lars and sgd; for adamw it is beta1, with beta2 = 0.999.
+
+    Raises:
+        UserError: the name is unknown, a number is negative or not finite, adamw's momentum is not below 1, or there
+            is nothing to train.
+    """
+    if name not in OPTIMIZERS:
+        raise one_of("optimizer", name, OPTIMIZERS)
+    for what, value in (("lr", lr), ("weight_decay", weight_decay), ("momentum", momentum)):
+        _not_negative(what, value)
+    listed = list(params)
+    if not listed:
+        raise UserError("there are no parameters to optimise")
+    weights = [p for p in listed if p.ndim > 1]
+    others = [p for p in listed if p.ndim <= 1]
+    groups = [
+        {"params": members, "weight_decay": decay}
+        for members, decay in ((weights, weight_decay), (others, 0.0))
+        if members
+    ]
+    if name == "lars":
+        return LARS(groups, lr=lr, momentum=momentum)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum)
+    if momentum >= 1:
+        raise UserError(f"momentum {momentum} of adamw must be below 1")
+    return torch.optim.AdamW(groups, lr=lr, betas=(momentum, 0.999))
+
+
+def learning_rate(step: int, *, base: float, total_steps: int, warmup_steps: int, final_factor: float) -> float:
+    """Return the learning rate of a step: linear warm-up from 0, then a cosine from `base` to `base * final_factor`.
+
+    While step < warmup_steps it is base * step / warmup_steps; from there on, with
+    q = (1 + cos(pi * (step - warmup_steps) / (total_steps - warmup_steps))) / 2, it is
+    base * q + base * final_factor * (1 - q). Source: the released Barlow Twins code (Zbontar et al. 2021), where
+    warm-up takes 10 epochs and final_factor is 0.001.
+
+    Args:
+        step: 0 for the first step; `total_steps` is where the cosine ends.
+        base: the learning rate at the end of warm-up.
+        total_steps: steps of the whole training.
+        warmup_steps: steps of warm-up, fewer than `total_steps`; 0 for none.
+        final_factor: the last learning rate as a share of `base`.
+
+    Raises:
+        UserError: warm-up is not shorter than training, or the step lies outside 0..total_steps.
+    """
+    if not 0 <= warmup_steps < total_steps:
+        raise UserError(f"warm-up of {warmup_steps} steps must be at least 0 and less than all {total_steps} steps")
+    if not 0 <= step <= total_steps:
+        raise UserError(f"step {step} lies outside the schedule of 0 to {total_steps} steps")
+    if step < warmup_steps:
+        return base * step / warmup_steps
+    q = 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (total_steps - warmup_steps)))
+    return base * q + base * final_factor * (1 - q)
+
+
+def scaled_lr(lr: float, batch: int) -> float:
+    """Return the learning rate for a global batch, `lr * batch / 256` (Goyal et al. 2017, section 2.1)."""
+    return lr * batch / 256
+
+
+def _not_negative(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value >= 0):
+        raise UserError(f"{name} {value} must be a finite number that is not negative")

@@ -1,0 +1,30 @@
+"""What stands between a tap's readout and its objective."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from localsim.errors import UserError
+
+
+def projector(in_features: int, widths: Sequence[int]) -> nn.Sequential:
+    """Return the Barlow Twins projector: linear layers without bias, batch norm and ReLU after all but the last.
+
+    Zbontar et al. 2021, section 2.3 (three layers of 8192); Siddiqui et al. 2023 use one per block.
+
+    Args:
+        in_features: width of the readout.
+        widths: output width of every layer; the last is the embedding's.
+
+    Raises:
+        UserError: no width, or a width below 1.
+    """
+    if not widths or any(width < 1 for width in widths):
+        raise UserError(f"projector {list(widths)} is not a list of positive widths, e.g. [8192, 8192, 8192]")
+    layers: list[nn.Module] = []
+    for width in widths[:-1]:
+        layers += [nn.Linear(in_features, width, bias=False), nn.BatchNorm1d(width), nn.ReLU()]
+        in_features = width
+    return nn.Sequential(*layers, nn.Linear(in_features, widths[-1], bias=False))

@@ -1,0 +1,95 @@
+"""Noise at the boundary between stages: added to a stage's output before its own head and the next stage."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from localsim.errors import UserError
+
+# the dimensions of (batch, channel, height, width) over which the standard deviation is taken
+_SCALES: dict[str, tuple[int, ...] | None] = {
+    "none": None,
+    "all": (0, 1, 2, 3),
+    "hw": (2, 3),
+    "channel": (0, 2, 3),
+    "c_released": (2,),
+}
+NOISES = tuple(_SCALES)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Which noise, and how much: kind and sigma, written `kind:sigma` (`none` stands alone).
+
+    x + sigma * std(x) * n,  n ~ N(0, 1) per element, with the standard deviation (unbiased) taken over
+
+    - `all`: the whole tensor, one number (the published best, Siddiqui et al. 2023);
+    - `hw`: every channel of every sample;
+    - `channel`: every channel over the batch;
+    - `c_released`: the height axis only, which is what the released code of the paper does under the name "c",
+      although its comment says otherwise.
+
+    The gradient flows through the standard deviation too, as it does in the released code.
+    """
+
+    kind: str = "none"
+    sigma: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in NOISES:
+            raise UserError(f"unknown noise {self.kind!r}; allowed: none, or KIND:SIGMA with KIND of {_kinds()}")
+        if not self.sigma >= 0 or self.sigma == float("inf"):
+            raise UserError(f"noise sigma is {self.sigma}; allowed: numbers >= 0, e.g. all:0.25")
+        if (self.kind == "none") != (self.sigma == 0):
+            raise UserError(f"noise {self.kind!r} with sigma {self.sigma:g} means nothing; use none, or e.g. all:0.25")
+
+    def __str__(self) -> str:
+        return self.kind if self.kind == "none" else f"{self.kind}:{self.sigma:g}"
+
+    @classmethod
+    def parse(cls, text: str) -> Noise:
+        """Return the noise that a text such as `all:0.25` or `none` names; UserError if it names none."""
+        if text == "none":
+            return cls()
+        match = re.fullmatch(r"(\w+):([-+.\w]+)", text)
+        if match is None:
+            raise UserError(f"noise {text!r} is not understood; allowed: none, or KIND:SIGMA with KIND of {_kinds()}")
+        try:
+            sigma = float(match[2])
+        except ValueError:
+            raise UserError(f"noise sigma {match[2]!r} is not a number; allowed: numbers > 0, e.g. all:0.25") from None
+        return cls(match[1], sigma)
+
+
+class BoundaryNoise(nn.Module):
+    """A module that adds `noise` in training mode and is the identity in evaluation mode."""
+
+    def __init__(self, noise: Noise) -> None:
+        super().__init__()
+        self.noise = noise
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the map `(batch, channels, height, width)` with noise; same shape and dtype."""
+        dims = _SCALES[self.noise.kind]
+        if dims is None or not self.training:
+            return x
+        # a 1x1 map has no deviation over its positions: scale 0, not NaN
+        defined = all(x.shape[d] == 1 for d in dims)
+        scale = torch.zeros((), dtype=x.dtype, device=x.device) if defined else x.std(dims, keepdim=True)
+        return x + self.noise.sigma * scale * torch.randn_like(x)
+
+    def extra_repr(self) -> str:
+        return str(self.noise)
+
+
+def make_boundary(noise: Noise) -> nn.Module:
+    """Return the module for a stage's boundary."""
+    return nn.Identity() if noise.kind == "none" else BoundaryNoise(noise)
+
+
+def _kinds() -> str:
+    return ", ".join(kind for kind in NOISES if kind != "none")

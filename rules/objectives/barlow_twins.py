@@ -1,0 +1,64 @@
+"""Barlow Twins: make the cross-correlation of two views' embeddings the identity (Zbontar et al. 2021)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from localsim.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class BarlowTwins:
+    """The Barlow Twins loss of two views (Zbontar et al. 2021, eq. 1 and 2).
+
+        C = N(z1)^T N(z2) / n,    L = scale * (sum_i (C_ii - 1)^2 + lambda * sum_{i != j} C_ij^2)
+
+    where N subtracts the batch mean of every embedding dimension and divides by sqrt(variance + eps).
+
+    Args:
+        lambda_: weight of the off-diagonal (redundancy) term.
+        scale: factor on the whole loss; 0.024 in the released 300-epoch recipe. Under LARS it matters only for
+            parameters that LARS does not adapt (biases, batch norm).
+        eps: added to the batch variance, as in batch norm.
+
+    Raises:
+        UserError: an option is negative, or not exactly two views are given.
+    """
+
+    lambda_: float = 0.0051
+    scale: float = 0.024
+    eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        for name in ("lambda_", "scale", "eps"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"barlow_twins: {name} is {getattr(self, name)}; allowed: numbers >= 0")
+
+    def __call__(self, embeddings: tuple[Tensor, ...], labels: Tensor | None = None) -> Tensor:
+        """Return the loss of embeddings `(z1, z2)`, each `(n, d)`; labels are not used."""
+        if len(embeddings) != 2:
+            raise UserError(f"barlow_twins compares exactly 2 views, not {len(embeddings)}")
+        correlation = self.correlation(*embeddings)
+        squares = correlation.square()
+        diagonal = correlation.diagonal()
+        off_diagonal = squares.sum() - squares.diagonal().sum()
+        return self.scale * ((diagonal - 1).square().sum() + self.lambda_ * off_diagonal)
+
+    def correlation(self, z1: Tensor, z2: Tensor) -> Tensor:
+        """Return the `(d, d)` cross-correlation matrix of two views."""
+        return self._normalised(z1).T @ self._normalised(z2) / len(z1)
+
+    def _normalised(self, z: Tensor) -> Tensor:
+        variance, mean = torch.var_mean(z, dim=0, correction=0)
+        return (z - mean) * torch.rsqrt(variance + self.eps)
+
+    def chance_level(self, num_dimensions: int, batch_size: int) -> float:
+        """Return the expected loss of two unrelated views with independent dimensions: where "learns nothing" lies.
+
+        Then E[C_ij^2] = 1/n for all i, j, so L = scale * (d (1 + 1/n) + lambda d (d - 1) / n).
+        """
+        d, n = num_dimensions, batch_size
+        return self.scale * (d * (1 + 1 / n) + self.lambda_ * d * (d - 1) / n)
