@@ -7,6 +7,7 @@ Every function returns a `matplotlib.figure.Figure` and leaves pyplot alone, so 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
@@ -90,7 +91,8 @@ def accuracy_by_stage(
     axes.set_xlim(-0.4, len(stages) - 0.6)
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
     axes.set(title=title, xlabel="stage", ylabel="accuracy")
-    figure.legend(loc="outside right upper")
+    # in the order drawn: by default lines without bars (chance) would come first
+    figure.legend(handles=_in_order(axes, [*drawn, "chance"]), loc="outside right upper")
     return figure
 
 
@@ -112,19 +114,24 @@ def loss_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
     if not curves:
         raise UserError("the metrics hold no losses to draw")
     figure, axes = _figure(6.5, 3.6)
-    for number, (tap, points) in enumerate(curves.items()):
+    for tap, points in curves.items():
         step, loss = np.array(points, dtype=float).T
-        axes.plot(step, loss, color=f"C{number % 7}", alpha=0.25, linewidth=0.9)
-        axes.plot(step, running_median(loss, len(loss) // 40), color=f"C{number % 7}", label=tap)
+        (raw,) = axes.plot(step, loss, alpha=0.25, linewidth=0.9)
+        axes.plot(step, running_median(loss, len(loss) // 40), color=raw.get_color(), label=tap)
     axes.set(title="Training loss", xlabel="step", ylabel="loss")
     figure.legend(loc="outside right upper")
     return figure
 
 
 def running_median(values: np.ndarray, half: int) -> np.ndarray:
-    """Return the median of each value `(n,)` and its `half` neighbours to either side, of fewer near the ends."""
+    """Return the median of each value `(n,)` and its `half` neighbours to either side, of fewer near the ends.
+
+    NaN (a loss that diverged) is left out; where there is nothing else the median is NaN.
+    """
     padded = np.pad(np.asarray(values, dtype=float), half, constant_values=np.nan)
-    return np.nanmedian(np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1), axis=1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "All-NaN slice", RuntimeWarning)
+        return np.nanmedian(np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1), axis=1)
 
 
 @_styled
@@ -252,6 +259,12 @@ def _figure(width: float, height: float, *, axes: bool = True) -> tuple[Figure, 
 
     figure = Figure(figsize=(width, height))
     return figure, (figure.add_subplot() if axes else None)  # pyright: ignore[reportReturnType]
+
+
+def _in_order(axes: Axes, labels: Sequence[str]) -> list[Any]:
+    """Return the legend handles of these labels, in this order, those that exist."""
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    return [handles[label] for label in labels if label in handles]
 
 
 def _canvas(figure: Figure, bottom: float, height: float, total: float) -> Axes:

@@ -28,8 +28,11 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 def checked(matrix: np.ndarray | Sequence[Sequence[float]], taps: Sequence[int], names: Sequence[str]) -> np.ndarray:
     """Return the weights as a `(taps, stages)` array, or say why they do not fit their taps and stage names."""
-    weights = np.asarray(matrix, dtype=float).reshape(len(taps), -1) if len(taps) else np.zeros((0, len(names)))
-    if not names or weights.shape[1] != len(names) or not all(0 <= tap < len(names) for tap in taps):
+    weights = np.asarray(matrix, dtype=float)
+    if not len(taps) and not weights.size:
+        weights = np.zeros((0, len(names)))
+    fits = len(names) > 0 and weights.shape == (len(taps), len(names)) and all(0 <= tap < len(names) for tap in taps)
+    if not fits:
         raise UserError(
             f"a credit matrix of shape {np.shape(matrix)} does not fit taps {list(taps)} and {len(names)} stage names"
         )
@@ -135,26 +138,25 @@ def _stage(
     """Draw a stage as a box striped in the colours of the losses that change it, in proportion to their credit."""
     from matplotlib.patches import FancyBboxPatch, Rectangle
 
-    shape = {"boxstyle": "round,pad=0,rounding_size=5"}
-    box = FancyBboxPatch((left, BASE), width, BOX, facecolor="#f0f0f0", edgecolor="none", **shape)
+    shape = "round,pad=0,rounding_size=5"
+    box = FancyBboxPatch((left, BASE), width, BOX, boxstyle=shape, facecolor="#f0f0f0", edgecolor="none")
     axes.add_patch(box)
     y = float(BASE)
-    for tap in np.flatnonzero(column):
+    for tap in map(int, np.flatnonzero(column)):
         share = BOX * column[tap] / column.sum()
         stripe = Rectangle((left, y), width, share, color=tint(taps[tap], 0.28), linewidth=0)
         stripe.set_label(f"tap {tap} changes stage {stage}")
         axes.add_patch(stripe)
         stripe.set_clip_path(box)
         y += share
-    axes.add_patch(FancyBboxPatch((left, BASE), width, BOX, facecolor="none", edgecolor="#777777", linewidth=1, **shape))
+    edge = FancyBboxPatch((left, BASE), width, BOX, boxstyle=shape, facecolor="none", edgecolor="#777777", linewidth=1)
+    axes.add_patch(edge)
     fits = 1.1 * width / max(3, len(name))  # the largest font size, in points, at which the name stays inside
     words, size = (name, min(10.0, fits)) if fits >= 7 else (str(stage + 1), 8.0)
     axes.text(left + width / 2, BASE + BOX / 2, words, ha="center", va="center", fontsize=size)
 
 
-def _loss(
-    axes: Axes, tap: int, share: np.ndarray, top: int, y: float, lefts: Sequence[float], width: float
-) -> None:
+def _loss(axes: Axes, tap: int, share: np.ndarray, top: int, y: float, lefts: Sequence[float], width: float) -> None:
     """Draw a loss, its stem to the stage it reads, and its arrow back over the stages it may change."""
     colour = COLOURS[top % len(COLOURS)]
     x = lefts[top] + width - min(12.0, width / 2)
@@ -194,4 +196,4 @@ def _marker(axes: Axes, x: float, y: float, colour: str, radius: float) -> None:
 def _words(axes: Axes, x: float, y: float, words: str) -> float:
     """Write words from `x` on and return where the next mark may begin."""
     axes.text(x, y, words, fontsize=9, va="center")
-    return x + 6.3 * len(words) + 22  # DejaVu Sans at 9 points: 6.3 hundredths a letter, near enough
+    return x + 6.6 * len(words) + 22  # DejaVu Sans at 9 points: 6.6 hundredths a letter, near enough

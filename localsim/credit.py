@@ -1,6 +1,7 @@
 """The credit matrix: which loss may change which stage.
 
-A backbone is cut into stages 1..K with parameters theta_i. Losses ("taps") L_t read the output of stage p(t). The matrix
+A backbone is cut into stages 1..K with parameters theta_i. Losses ("taps") L_t read the output of stage p(t). The
+matrix
 
     C[t, i] >= 0,    update_i = sum_t C[t, i] * dL_t / dtheta_i,    C[t, i] = 0 for i > p(t)
 
@@ -74,12 +75,14 @@ class Credit:
 
     @classmethod
     def blockwise(cls, num_stages: int) -> Credit:
-        """Return the identity: every stage has a tap that changes only this stage (Siddiqui et al. 2023; GIM; CLAPP)."""
+        """Return the identity: each stage has a tap that changes it alone (Siddiqui et al. 2023; GIM; CLAPP)."""
         return cls.banded(num_stages, reach=1)
 
     @classmethod
     def banded(cls, num_stages: int, reach: int, taps: Sequence[int] | None = None) -> Credit:
-        """Return taps that each change their own stage and the `reach - 1` below: C[t,i] = 1 for p(t)-reach < i <= p(t).
+        """Return taps that each change their own stage and the `reach - 1` below it.
+
+        C[t, i] = 1 for p(t) - reach < i <= p(t).
 
         `taps` are the stages that carry a tap, by default all of them.
         """
@@ -93,7 +96,7 @@ class Credit:
 
     @classmethod
     def overlapping(cls, num_stages: int, reach: int = 2) -> Credit:
-        """Return taps on stages reach..K, each reaching `reach` stages, and none below (LoCo, Xiong et al. 2020, Fig. 1).
+        """Return taps on stages reach..K that each reach `reach` stages, none below (LoCo, Xiong et al. 2020, Fig. 1).
 
         With `reach` equal to the number of stages this is end-to-end.
         """
@@ -179,7 +182,7 @@ class Credit:
         return max(alive)
 
     def last_use(self, fires: Sequence[int] | None = None) -> list[int]:
-        """Return, for every stage, the last stage whose forward pass its graph must outlive; -1 where no graph is needed.
+        """Return for every stage the last stage whose forward pass its graph must outlive; -1 where it needs none.
 
         Args:
             fires: for each tap the stage after whose forward pass it can compute its loss; by default the one it reads.

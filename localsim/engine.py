@@ -117,9 +117,8 @@ class _Step:
         self.key = key
         self.hooks = hooks
         self.autocast = _autocast(precision, net.device.type)
-        taps: list[Tap] = list(net.taps)  # type: ignore[arg-type]
-        self.waiting = dict(enumerate(taps))
-        self.last_use = net.credit.last_use([tap.fires for tap in taps])
+        self.waiting = dict(enumerate(net.taps))
+        self.last_use = net.credit.last_use([tap.fires for tap in net.taps])
         self.alive: dict[int, _Segment] = {}
         self.held: dict[int, list[Tensor]] = {}
         self.losses: dict[int, Tensor] = {}

@@ -12,6 +12,14 @@ class UserError(ValueError):
     """
 
 
+class TrainingFailed(UserError):
+    """Training cannot go on: the message says which tap and why, and which checkpoint is kept."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM while training: the step was finished and a checkpoint written."""
+
+
 def one_of(what: str, value: object, allowed: Iterable[object]) -> UserError:
     """Return the error for a `value` of `what` that is not among the `allowed` ones."""
     return UserError(f"unknown {what} {value!r}; allowed: {', '.join(str(a) for a in allowed)}")

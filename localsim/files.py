@@ -11,7 +11,7 @@ from typing import Any
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write(temporary)` and rename the result to `path`; on any failure nothing is left and `path` is as it was."""
+    """Call `write(temporary)` and rename the result to `path`; on failure nothing is left and `path` is as before."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # the suffix is kept at the end: savefig and others choose their format by it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,19 +15,30 @@ from localsim.errors import UserError
 Objective = Callable[[tuple[Tensor, ...], Tensor | None], Tensor]
 """Takes the embeddings of every view and the labels (or None), returns a scalar loss."""
 
+M = TypeVar("M", bound=nn.Module)
+
+
+class ModuleListOf(nn.ModuleList, Generic[M]):
+    """An `nn.ModuleList` whose type says what it holds."""
+
+    if TYPE_CHECKING:
+
+        def __iter__(self) -> Iterator[M]: ...  # type: ignore[override]
+        def __getitem__(self, idx: int) -> M: ...  # type: ignore[override]
+
 
 class Stage(nn.Module):
     """Consecutive unit blocks between two cuts, followed by what happens at the boundary (noise, or nothing)."""
 
     def __init__(self, units: Sequence[UnitBlock], boundary: nn.Module | None = None) -> None:
         super().__init__()
-        self.units = nn.ModuleList(units)
+        self.units = ModuleListOf[UnitBlock](units)
         self.boundary = nn.Identity() if boundary is None else boundary
 
     @property
     def name(self) -> str:
         """The unit blocks it spans, e.g. `stem..layer1.2`."""
-        names = [str(unit.name) for unit in self.units]
+        names = [unit.name for unit in self.units]
         return names[0] if len(names) == 1 else f"{names[0]}..{names[-1]}"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,19 +103,19 @@ class LocalNetwork(nn.Module):
             raise UserError(f"the credit matrix has {credit.num_stages} stages but the network has {len(stages)}")
         if credit.taps != tuple(tap.stage for tap in taps):
             raise UserError(f"the credit matrix has taps on {credit.taps}, the network on {[t.stage for t in taps]}")
-        self.stages = nn.ModuleList(stages)
-        self.taps = nn.ModuleList(taps)
+        self.stages = ModuleListOf[Stage](stages)
+        self.taps = ModuleListOf[Tap](taps)
         self.credit = credit
 
     @property
     def units(self) -> list[UnitBlock]:
         """All unit blocks, from the input up."""
-        return [unit for stage in self.stages for unit in stage.units]  # type: ignore[union-attr]
+        return [unit for stage in self.stages for unit in stage.units]
 
     @property
     def units_per_stage(self) -> list[int]:
         """How many unit blocks each stage spans."""
-        return [len(stage.units) for stage in self.stages]  # type: ignore[arg-type]
+        return [len(stage.units) for stage in self.stages]
 
     @property
     def device(self) -> torch.device:
@@ -117,7 +129,7 @@ class LocalNetwork(nn.Module):
             yield x
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the last stage's output map; gradients flow as in any network (the engine, not this, cuts the graph)."""
+        """Return the last stage's output map; gradients flow as in any network, only the engine cuts the graph."""
         for out in self.stage_outputs(x):
             x = out
         return x

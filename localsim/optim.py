@@ -113,10 +113,11 @@ def make_optimizer(
     if name == "lars":
         return LARS(groups, lr=lr, momentum=momentum)
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=momentum)
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=True)
     if momentum >= 1:
         raise UserError(f"momentum {momentum} of adamw must be below 1")
-    return torch.optim.AdamW(groups, lr=lr, betas=(momentum, 0.999))
+    # fused: one pass over the memory instead of about ten, on the CPU as on CUDA
+    return torch.optim.AdamW(groups, lr=lr, betas=(momentum, 0.999), fused=True)
 
 
 def learning_rate(step: int, *, base: float, total_steps: int, warmup_steps: int, final_factor: float) -> float:

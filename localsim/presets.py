@@ -28,15 +28,15 @@ _COMMON: dict[str, Any] = {
 
 # ResNet-50 within five minutes on two CPU cores; the settings were chosen by trial on the embedded data set
 _QUICK: dict[str, Any] = {
-    "expand_width": 512,
-    "projector": [512, 512, 512],
+    "expand_width": 256,
+    "projector": [256, 256, 256],
     "image_size": 32,
     "data": "embedded",
-    "augmentation": "small",
-    "epochs": 5,
+    "augmentation": "small_strong",
+    "epochs": 4,
     "batch_size": 64,
     "optimizer": "adamw",
-    "lr": 2e-3,
+    "lr": 3e-3,
     "lr_scaling": "none",
     "weight_decay": 1e-4,
     "warmup_epochs": 0.5,
@@ -48,7 +48,12 @@ _QUICK: dict[str, Any] = {
 _CIFAR10: dict[str, Any] = {
     **_QUICK,
     "data": "cifar10",
+    "augmentation": "small",
+    "expand_width": 512,
+    "projector": [512, 512, 512],
     "epochs": 20,
+    "batch_size": 128,
+    "lr": 2e-3,
     "warmup_epochs": 1.0,
 }
 

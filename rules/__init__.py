@@ -9,9 +9,7 @@ from localsim.errors import one_of
 from localsim.rules import blockwise, end_to_end, layerwise, untrained
 from localsim.rules.rule import Rule as Rule
 
-rules: dict[str, Rule] = {
-    module.RULE.name: module.RULE for module in (blockwise, layerwise, end_to_end, untrained)
-}
+rules: dict[str, Rule] = {module.RULE.name: module.RULE for module in (blockwise, layerwise, end_to_end, untrained)}
 
 
 def get_rule(name: str) -> Rule:

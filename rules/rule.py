@@ -1,4 +1,4 @@
-"""What a rule is: a named composition of partition, credit, readout, objective and boundary, with its paper's defaults."""
+"""What a rule is: a named composition of partition, credit, readout, objective and boundary, with its defaults."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Rule:
     granularity: int | str = "stage"
     readout: str = "global"
     objective: str = "barlow_twins"
-    noise: Noise = Noise()
+    noise: Noise = field(default_factory=Noise)
     meaningless: Mapping[str, str] = field(default_factory=dict)
 
     def check_overrides(self, options: Mapping[str, object]) -> None:

@@ -7,6 +7,7 @@ from localsim.data.augment import crop_image as crop_image
 from localsim.data.augment import recolour_ as recolour_
 from localsim.data.datasets import Data as Data
 from localsim.data.datasets import ImageSet as ImageSet
+from localsim.data.datasets import class_balanced as class_balanced
 from localsim.data.datasets import load_data as load_data
 from localsim.data.loader import Batch as Batch
 from localsim.data.loader import ViewLoader as ViewLoader

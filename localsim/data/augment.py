@@ -93,6 +93,11 @@ AUGMENTATIONS = MappingProxyType(
         # for images of 32 to 64 pixels, where a blur of up to 2 pixels leaves little: no blur, as SimCLR (Chen et al.
         # 2020, Appendix B.9) and solo-learn (da Costa et al. 2022) do on CIFAR; crops of at least 0.2 as in MoCo
         "small": Augmentation(crop_scale=(0.2, 1.0), blur=(0.0,)),
+        # "small" with stronger colour changes: they keep colour from answering for shape and texture on the embedded
+        # data set, whose objects are drawn in random colours
+        "small_strong": Augmentation(
+            crop_scale=(0.3, 1.0), blur=(0.0,), saturation=0.4, hue=0.5, gray=0.5, solarize=(0.0, 0.2)
+        ),
         # training of a linear probe
         "crop_flip": _CROP_FLIP,
         # the central square

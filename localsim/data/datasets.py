@@ -284,10 +284,16 @@ def _split(images: ImageSet, folder: Path, seed: int) -> tuple[ImageSet, ImageSe
 def _limited(images: ImageSet, limits: dict[str, int | None], split: str) -> ImageSet:
     """Return the limited choice of a split, spread over its classes: every class's first image, its second, ..."""
     num, limit = len(images), limits[split]
-    if limit is None or limit == num:
-        return images
-    if limit > num:
+    if limit is not None and limit > num:
         raise UserError(f"{split}_images is {limit}, but there are only {num}")
+    return images if limit is None else class_balanced(images, limit, split)
+
+
+def class_balanced(images: ImageSet, limit: int, split: str) -> ImageSet:
+    """Return `limit` images (all, if there are fewer) spread over their classes; always the same for a `split` name."""
+    num = len(images)
+    if limit >= num:
+        return images
     draw = rng.uniform(np.arange(num), 1, "subset", split)[:, 0]
     labels = np.zeros(num, dtype=np.int64) if images.labels is None else images.labels.numpy()
     round_of = np.empty(num, dtype=np.int64)

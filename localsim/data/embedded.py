@@ -1,15 +1,17 @@
-"""The embedded data set: small labelled pictures that the project renders itself, so that a first run needs no download.
+"""The embedded data set: small labelled pictures that the project renders itself, so a first run downloads nothing.
 
 Every picture shows one large object on a dim background. The class is what the object's surface looks like
-(`CLASSES`). Everything else is nuisance and says nothing of the class: the object's shape, position, size and turn, the
-scale of its surface, its two colours, the side from which it is lit, the background's colours, the blobs that clutter it
-and a little noise. Picture k depends on the seed, the size and k only, so a larger set begins with the smaller one.
+(`CLASSES`). Everything else is nuisance and says nothing of the class: the object's shape, position, size and turn,
+the scale of its surface, its two colours, the side from which it is lit, the background's colours, the blobs that
+clutter it and a little noise. Picture k depends on the seed, the size and k only, so a larger set begins with the
+smaller one.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,7 +23,6 @@ from localsim.rng import uniform
 _TAU = 2 * math.pi
 _CHUNK = 250  # pictures rendered at once: keeps the float64 temporaries of 32 px within the processor's cache
 _NUM_BLOBS = 3
-_COLOURS = ("object", "contrast", "background", "background contrast", *(f"blob {i}" for i in range(_NUM_BLOBS)))
 
 
 def render(num_images: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -54,25 +55,28 @@ def _labels(index: np.ndarray, seed: int) -> np.ndarray:
     return order[np.arange(len(index)), place]
 
 
+@dataclass(frozen=True)
 class _Draws:
-    """Named draws of the pictures `index`, as `(n, 1, 1)` tensors uniform between two bounds."""
+    """The named draws of the pictures `index`."""
 
-    def __init__(self, index: np.ndarray, seed: int) -> None:
-        self.index, self.seed = index, seed
+    index: np.ndarray
+    seed: int
 
     def __call__(self, what: str, low: float = 0.0, high: float = 1.0) -> Tensor:
+        """Return `(n, 1, 1)` numbers, uniform between the bounds."""
         draw = uniform(self.index, 1, "embedded", self.seed, what)
         return torch.from_numpy(low + (high - low) * draw)[..., None]
 
     def colour(self, what: str, low: float, high: float) -> Tensor:
-        """Return `(n, 3, 1, 1)` colours, each channel between the bounds."""
+        """Return `(n, 3, 1, 1)` colours, each channel uniform between the bounds."""
         draw = uniform(self.index, 3, "embedded", self.seed, what)
         return torch.from_numpy(low + (high - low) * draw)[..., None, None]
 
 
 def _render(index: np.ndarray, labels: Tensor, size: int, seed: int) -> Tensor:
-    """Return the `(n, 3, size, size)` pictures `index`. Drawn in float64: a unit in the last place never reaches a byte."""
+    """Return the `(n, 3, size, size)` pictures `index`."""
     draw = _Draws(index, seed)
+    # Drawn in float64, so that processors which differ in a unit in the last place still agree on every byte.
     axis = (torch.arange(size, dtype=torch.float64) + 0.5) * (2 / size) - 1
     y, x = axis[None, :, None], axis[None, None, :]
 
@@ -85,7 +89,9 @@ def _render(index: np.ndarray, labels: Tensor, size: int, seed: int) -> Tensor:
     pattern = _surface(labels, u, v, draw)
     first = draw.colour("object", 0.1, 0.9)
     # The second colour differs in every channel, so no class depends on a contrast that might be missing.
-    second = (first + 0.45 * torch.where(first < 0.5, 1.0, -1.0) * (1 + 0.2 * draw.colour("contrast", -1, 1))).clamp(0, 1)
+    second = (first + 0.45 * torch.where(first < 0.5, 1.0, -1.0) * (1 + 0.2 * draw.colour("contrast", -1, 1))).clamp(
+        0, 1
+    )
     swap = draw("swap") < 0.5
     pattern = torch.where(swap, 1 - pattern, pattern)
     objects = first + (second - first) * pattern[:, None]

@@ -138,9 +138,7 @@ def credits(draw, max_stages=5) -> Credit:
 def published(draw) -> Credit:
     num_stages = draw(st.integers(1, 5))
     reach = draw(st.integers(1, num_stages))
-    make = draw(
-        st.sampled_from([Credit.overlapping, Credit.banded, Credit.chunked, Credit.interlocking])
-    )
+    make = draw(st.sampled_from([Credit.overlapping, Credit.banded, Credit.chunked, Credit.interlocking]))
     return make(num_stages, reach)
 
 

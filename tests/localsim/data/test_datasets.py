@@ -58,7 +58,8 @@ def test_embedded_is_the_same_whatever_the_seed_and_its_splits_differ():
     first = load_data("embedded", image_size=16, train_images=20, test_images=20, seed=0)
     other = load_data("embedded", image_size=16, train_images=20, test_images=20, seed=1)
     assert first.classes == embedded.CLASSES
-    assert first.train.images is not None and first.test is not None and first.test.images is not None
+    assert first.train.images is not None and other.train.images is not None
+    assert first.test is not None and first.test.images is not None
     assert torch.equal(first.train.images, other.train.images)
     assert not torch.equal(first.train.images, first.test.images)
     assert first.train.images.shape == (20, 3, 16, 16) and first.probe_train is first.train
@@ -132,7 +133,7 @@ def test_folders_without_readable_images_are_refused(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no image")
     with (
         pytest.warns(UserWarning, match=r"a\.png"),
-        pytest.raises(UserError, match="none of the 1 images .* can be read"),
+        pytest.raises(UserError, match=r"none of the 1 images .* can be read"),
     ):
         load(tmp_path)
     for i, size in enumerate([(6, 8), (8, 6)]):

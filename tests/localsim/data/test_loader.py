@@ -17,6 +17,7 @@ from localsim.data.datasets import ImageSet
 from localsim.data.loader import Batch, ViewLoader, plain_batches
 from localsim.errors import UserError
 
+PLAIN: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 NORMAL: dict[str, Any] = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
 
 
@@ -107,12 +108,14 @@ def test_a_view_is_the_same_in_batches_of_any_size(images):
 
 
 def test_images_on_disk_and_in_memory_get_nearly_the_same_views(tmp_path):
-    pixels = torch.nn.functional.interpolate(memory_set(6, 4).images.float(), size=(24, 24), mode="bilinear").byte()
+    coarse = memory_set(6, 4).images
+    assert coarse is not None
+    pixels = torch.nn.functional.interpolate(coarse.float(), size=(24, 24), mode="bilinear").byte()
     paths = []
     for i, image in enumerate(pixels):
         paths.append(tmp_path / f"{i}.png")
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(paths[-1])
-    plain: dict[str, Any] = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "batch_size": 6}
+    plain = PLAIN | {"batch_size": 6}
     in_memory = next(views_of(ImageSet(pixels, None, None), **plain).epoch(0))
     on_disk = next(views_of(ImageSet(None, tuple(paths), None), **plain).epoch(0))
     assert torch.equal(in_memory.indices, on_disk.indices) and on_disk.labels is None
@@ -122,7 +125,7 @@ def test_images_on_disk_and_in_memory_get_nearly_the_same_views(tmp_path):
 
 
 def test_views_are_normalised(images):
-    raw = next(views_of(images, mean=(0.0,) * 3, std=(1.0,) * 3).epoch(0)).views[0]
+    raw = next(views_of(images, **PLAIN).epoch(0)).views[0]
     mean, std = (torch.tensor(NORMAL[name])[:, None, None] for name in ("mean", "std"))
     torch.testing.assert_close(next(views_of(images).epoch(0)).views[0], (raw - mean) / std)
 
@@ -176,7 +179,7 @@ def test_impossible_loaders_are_refused(options, message):
 
 def test_plain_batches_give_every_image_in_order_as_it_is():
     images = memory_set(10, 12)
-    batches = list(plain_batches(images, size=12, batch_size=4, mean=(0.0,) * 3, std=(1.0,) * 3))
+    batches = list(plain_batches(images, size=12, batch_size=4, **PLAIN))
     assert [len(batch.indices) for batch in batches] == [4, 4, 2]
     assert torch.equal(torch.cat([batch.indices for batch in batches]), torch.arange(10))
     assert images.images is not None
@@ -186,7 +189,7 @@ def test_plain_batches_give_every_image_in_order_as_it_is():
 def test_plain_batches_resize_and_crop_as_torchvision_does(tmp_path):
     streamed = streamed_set(tmp_path)
     assert streamed.paths is not None
-    (batch,) = plain_batches(streamed, size=14, batch_size=10, mean=(0.0,) * 3, std=(1.0,) * 3)
+    (batch,) = plain_batches(streamed, size=14, batch_size=10, **PLAIN)
     for path, view in zip(streamed.paths, batch.views[0], strict=True):
         image = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
         resized = reference.resize(image, [16], v2.InterpolationMode.BILINEAR, antialias=True)

@@ -1,0 +1,63 @@
+"""Features of frozen networks: the pooled output of every stage, and what every tap's readout makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from localsim.data import Batch
+from localsim.network import LocalNetwork
+
+RAW, READOUT = "raw", "readout"
+
+
+def batch_features(net: LocalNetwork, images: Tensor, *, precision: str = "full") -> dict[tuple[int, str], Tensor]:
+    """Return the features of one batch from every stage, in one forward pass without gradients.
+
+    Args:
+        net: in evaluation mode, so that batch norm and noise treat every image alike.
+        images: `(n, 3, height, width)`.
+        precision: `full` or `bf16` autocast.
+
+    Returns:
+        `{(stage, "raw"): (n, channels)}`, the stage's map averaged over positions, and `{(stage, "readout"): (n, d)}`
+        for stages with a tap, its readout's output; float32. Of several taps on a stage the first is taken.
+
+    Raises:
+        ValueError: the network is in training mode.
+    """
+    if net.training:
+        raise ValueError("features are taken in evaluation mode; call net.eval() first")
+    autocast = torch.autocast(net.device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+    features: dict[tuple[int, str], Tensor] = {}
+    with torch.no_grad(), autocast:
+        for stage, h in enumerate(net.stage_outputs(images)):
+            features[stage, RAW] = h.float().mean((2, 3))
+            for tap in net.taps:
+                if tap.stage == stage:
+                    features.setdefault((stage, READOUT), tap.readout(h).float())
+    return features
+
+
+def stream_features(
+    net: LocalNetwork, batches: Iterable[Batch], *, precision: str = "full"
+) -> Iterator[tuple[dict[tuple[int, str], Tensor], Batch]]:
+    """Yield the features of one batch after another, with the batch."""
+    for batch in batches:
+        yield batch_features(net, batch.views[0], precision=precision), batch
+
+
+def collect_features(
+    net: LocalNetwork, batches: Iterable[Batch], *, precision: str = "full"
+) -> tuple[dict[tuple[int, str], Tensor], Tensor | None]:
+    """Return the features of all batches as `{(stage, kind): (n, d)}` on the CPU, and the labels `(n,)` or None."""
+    parts: dict[tuple[int, str], list[Tensor]] = {}
+    labels: list[Tensor] = []
+    for features, batch in stream_features(net, batches, precision=precision):
+        for name, values in features.items():
+            parts.setdefault(name, []).append(values.cpu())
+        if batch.labels is not None:
+            labels.append(batch.labels.cpu())
+    return {name: torch.cat(values) for name, values in parts.items()}, torch.cat(labels) if labels else None

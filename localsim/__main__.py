@@ -1,0 +1,5 @@
+"""`python -m localsim` is the same as `localsim`."""
+
+from localsim.cli import main
+
+raise SystemExit(main())

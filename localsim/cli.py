@@ -1,0 +1,203 @@
+"""The command line: parse, call one public function, print. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from localsim.errors import Interrupted, TrainingFailed, UserError
+
+ABOUT = """\
+How far must a learning signal travel?
+
+localsim cuts a network into stages, attaches losses to some of them, and lets a credit matrix say which loss may
+change which stage: from one loss per block to backpropagation.
+"""
+
+RUN_EXAMPLES = """\
+examples:
+  localsim run --rule blockwise --granularity 4        five minutes on two cores: the embedded data set, ResNet-50
+  localsim run --rule end_to_end --seed 1              backpropagation, the control
+  localsim run --rule blockwise --reach 2              every loss also changes the stage below its own
+  localsim run --rule layerwise --data cifar10         the cifar10 preset; images are looked for in --data-root
+  localsim run --data my/images --set image_size=96    any folder of images
+  localsim run --preset imagenet --data-root /data     the published configuration, 300 epochs
+  localsim run --out runs/first --resume               continue where a run was stopped, bit for bit
+"""
+
+PROBE_EXAMPLES = """\
+examples:
+  localsim probe runs/first                            logistic regression and k-NN on every stage
+  localsim probe runs/first --protocol paper           SGD, 100 epochs, crops and flips (Siddiqui et al. 2023)
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0, 1 (training failed), 2 (something asked for cannot be done), 130."""
+    parser = make_parser()
+    arguments = parser.parse_args(argv)
+    warnings.showwarning = lambda message, *_rest, **_more: print(f"localsim: {message}", file=sys.stderr)
+    command: Callable[[argparse.Namespace], int] = arguments.command
+    try:
+        return command(arguments)
+    except KeyboardInterrupt as stopped:
+        kept = "a checkpoint is kept, continue with --resume" if isinstance(stopped, Interrupted) else "by Ctrl-C"
+        print(f"localsim: stopped; {kept}", file=sys.stderr)
+        return 130
+    except UserError as error:
+        if arguments.debug:
+            raise
+        print(f"localsim: {error}", file=sys.stderr)
+        return 1 if isinstance(error, TrainingFailed) else 2
+    except OSError as error:
+        if arguments.debug:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        print(f"localsim: {error.strerror or error}{where}", file=sys.stderr)
+        return 1
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    parser = _Parser(prog="localsim", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
+
+    run = _command(commands, "run", "train a rule, probe every stage, draw the figures", RUN_EXAMPLES, _run)
+    what = run.add_argument_group("what is learned where")
+    what.add_argument("--rule", metavar="NAME", help="blockwise (default), or another of `localsim rules`")
+    what.add_argument("--granularity", metavar="K", type=_int_or_word,
+                      help="how many stages: a number, or network, stage (the backbone's own), block")  # fmt: skip
+    what.add_argument("--cuts", metavar="WHERE",
+                      help="auto, balanced (by held activations), or the unit blocks at which stages begin: "
+                           "layer2.0,layer3.0")  # fmt: skip
+    what.add_argument("--reach", metavar="N", type=int, help="how many stages down every loss's credit goes")
+    what.add_argument("--objective", metavar="NAME", help="what every tap minimises: barlow_twins")
+    what.add_argument("--readout", metavar="NAME", help="global, local2x2 (any k x k), expand, expand3x3")
+    what.add_argument("--noise", metavar="KIND:SIGMA", help="none, or all, hw, channel with a sigma, e.g. all:0.25")
+    much = run.add_argument_group("how much")
+    much.add_argument(
+        "--preset", metavar="NAME", help="quick (default without --data), cifar10, stl10, folder, imagenet"
+    )
+    much.add_argument("--backbone", metavar="NAME", help="resnet18/34/50/101, resnet20/32/110 (CIFAR), vgg11")
+    much.add_argument(
+        "--data", metavar="NAME", help="embedded, cifar10, cifar100, stl10, imagenet, or a folder of images"
+    )
+    much.add_argument("--data-root", metavar="DIR", help="where named data sets lie or are downloaded to")
+    much.add_argument("--epochs", metavar="N", type=int, help="passes over the training images")
+    much.add_argument("--batch-size", metavar="N", type=int, help="images in a batch")
+    much.add_argument("--lr", metavar="X", type=float, help="peak learning rate (preset imagenet: per 256 images)")
+    much.add_argument("--seed", metavar="N", type=int, help="of initialisation, order, views and noise (default 0)")
+    much.add_argument("--set", metavar="NAME=VALUE", action="append", default=[],
+                      help="any other setting, e.g. --set precision=full; may be repeated")  # fmt: skip
+    how = run.add_argument_group("how it is run")
+    how.add_argument("--out", metavar="DIR", help="the run folder (default: runs/RULE-...)")
+    how.add_argument("--resume", action="store_true", help="continue the run in the folder")
+    how.add_argument("--device", metavar="NAME", help="auto (default), cpu, cuda, cuda:N")
+    _debug(how)
+
+    probe = _command(commands, "probe", "linear and k-NN accuracy of every stage, beside the untrained network",
+                     PROBE_EXAMPLES, _probe)  # fmt: skip
+    probe.add_argument("runs", metavar="RUN", nargs="+", help="run folders")
+    probe.add_argument("--protocol", metavar="NAME", help="logistic, or paper (default: what the run's preset says)")
+    probe.add_argument("--epochs", metavar="N", type=int, default=100, help="of the paper protocol (default 100)")
+    probe.add_argument("--report", metavar="WHICH", default="last", help="paper protocol: last epoch (default) or best")
+    probe.add_argument("--images", metavar="N", type=int, help="training images that the probes see (default: all)")
+    probe.add_argument("--seed", metavar="N", type=int, default=0, help="of the probes (default 0)")
+    _debug(probe)
+
+    rules = _command(commands, "rules", "the rules, their papers and credit matrices", "", _rules)
+    rules.add_argument("name", metavar="NAME", nargs="?", help="only this rule")
+    rules.add_argument("--stages", metavar="K", type=int, default=4, help="draw the matrices for so many stages")
+    _debug(rules)
+    return parser
+
+
+def _command(
+    commands: Any, name: str, summary: str, examples: str, function: Callable[[argparse.Namespace], int]
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(command=function)
+    return parser
+
+
+def _debug(parser: Any) -> None:
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _int_or_word(text: str) -> int | str:
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
+def _settings(pairs: Sequence[str]) -> dict[str, Any]:
+    settings = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise UserError(f"--set {pair!r} is not of the form NAME=VALUE")
+        try:
+            settings[name] = json.loads(value)
+        except json.JSONDecodeError:
+            settings[name] = value
+    return settings
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    given = {name: value for name, value in vars(arguments).items() if name not in ("command", "debug", "set")}
+    settings = _settings(arguments.set)
+    for name in settings:
+        if given.get(name) is not None:
+            raise UserError(f"{name} is given twice: by --{name.replace('_', '-')} and by --set")
+    from localsim.experiment import run
+
+    run(**{**given, **settings})
+    return 0
+
+
+def _probe(arguments: argparse.Namespace) -> int:
+    from localsim.experiment import probe_run
+    from localsim.runs import load_run, writing
+
+    for path in arguments.runs:
+        opened = load_run(path)
+        with writing(opened.path):
+            table = probe_run(
+                opened,
+                protocol=arguments.protocol,
+                images=arguments.images,
+                seed=arguments.seed,
+                epochs=arguments.epochs,
+                report=arguments.report,
+            )
+        print(f"{path}\n{table}\n")
+    return 0
+
+
+def _rules(arguments: argparse.Namespace) -> int:
+    from localsim.rules import get_rule, rules
+
+    for rule in [get_rule(arguments.name)] if arguments.name else rules.values():
+        print(f"{rule.name}: {rule.summary}")
+        print(f"  paper: {rule.paper}")
+        print(f"  cut: {rule.granularity}; readout {rule.readout}, objective {rule.objective}, noise {rule.noise}")
+        print("  " + str(rule.credit(arguments.stages)).replace("\n", "\n  ") + "\n")
+    return 0

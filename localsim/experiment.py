@@ -1,0 +1,301 @@
+"""From a rule's name to a trained, probed and plotted run: what `localsim run` does, as functions."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from localsim import runs
+from localsim.build import build_credit, build_network, build_trunk
+from localsim.config import Config
+from localsim.credit import Credit
+from localsim.data import AUGMENTATIONS, Batch, Data, ViewLoader, load_data
+from localsim.errors import UserError, one_of
+from localsim.files import write_json, write_text
+from localsim.network import LocalNetwork
+from localsim.partition import cut_table, format_cut_table
+from localsim.presets import resolve
+from localsim.runs import Run
+from localsim.train import Schedule, StepCost, rehearse, train
+
+Say = Callable[[str], None]
+
+
+def run(
+    rule: str | None = None,
+    *,
+    preset: str | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    credit: Credit | None = None,
+    quiet: bool = False,
+    **settings: Any,
+) -> Run:
+    """Train a network under a rule, probe every stage against the untrained network, and keep it all in a folder.
+
+    Args:
+        rule: a name from `localsim.rules.rules`; `blockwise` if not given.
+        preset: a name from `localsim.presets.PRESETS`; without one, that of the data set, `quick` for no data set.
+        out: the run folder; by default `runs/` and a name made of rule, cut, preset and seed.
+        resume: continue the run in the folder from its newest checkpoint. Its configuration is kept; settings given
+            again must agree with it.
+        credit: a matrix of your own in place of the rule's.
+        quiet: print and show nothing.
+        settings: any field of `localsim.config.Config`, e.g. `granularity=4, epochs=10, batch_size=128`.
+
+    Returns:
+        The run, finished.
+
+    Raises:
+        UserError: something asked for cannot be done.
+        localsim.train.TrainingFailed: a loss is not finite or a stage has collapsed.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, after a checkpoint was written.
+    """
+    if credit is not None:
+        settings["credit"] = credit.to_config()
+    settings = {name: value for name, value in settings.items() if value is not None}
+    say: Say = (lambda _text: None) if quiet else print
+    if resume:
+        opened = _reopen(rule, preset, out, settings)
+    else:
+        config = resolve(rule or "blockwise", preset, settings)
+        opened = Run(Path(out) if out is not None else _default_folder(config), config)
+        runs.refuse_existing(opened.path)
+    # all that can be wrong with a configuration shows here, before a folder is made
+    prepared = _prepare(opened.config)
+    with runs.writing(opened.path):
+        if not resume:
+            runs.start_run(opened.path, opened.config)
+        _carry_out(opened, prepared, say, progress=not quiet)
+    return opened
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What a configuration means on this machine: images in reach, a network on its device."""
+
+    data: Data
+    net: LocalNetwork
+    loader: ViewLoader
+    first: Batch
+
+
+def _prepare(config: Config) -> _Prepared:
+    device = _device(config.device)
+    net = build_network(config).to(device)
+    if config.channels_last:
+        net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    data = _data(config)
+    if config.augmentation not in AUGMENTATIONS:
+        raise one_of("augmentation", config.augmentation, AUGMENTATIONS)
+    loader = ViewLoader(
+        data.train,
+        AUGMENTATIONS[config.augmentation],
+        size=config.image_size,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        mean=data.mean,
+        std=data.std,
+        workers=config.workers,
+        device=device,
+    )
+    Schedule.of(config, loader.steps_per_epoch).rate(0)
+    return _Prepared(data, net, loader, next(iter(loader.epoch(0))))
+
+
+def _data(config: Config) -> Data:
+    return load_data(
+        config.data,
+        root=Path(config.data_root) if config.data_root else None,
+        image_size=config.image_size,
+        train_images=config.train_images,
+        test_images=config.test_images,
+    )
+
+
+def _carry_out(opened: Run, prepared: _Prepared, say: Say, *, progress: bool) -> None:
+    path, config = opened.path, opened.config
+    data, net, loader = prepared.data, prepared.net, prepared.loader
+    began = time.monotonic()
+    learns = len(net.taps) > 0
+    cost = rehearse(net, prepared.first, config) if learns else None
+    runs.record_environment(path)
+    plan = describe(config, net, data, loader, cost)
+    write_text(path / "plan.txt", plan + "\n")
+    say(plan + f"\n\nrun folder: {path}\n")
+    _contact_sheet(path, data, prepared.first)
+    if learns:
+        train(net, loader, config, path, num_classes=len(data.classes), progress=progress)
+        _loss_plot(path)
+        say(f"trained {runs.checkpoint_step(path)} steps in {(time.monotonic() - began) / 60:.1f} min\n")
+    num_skipped = loader.num_skipped + data.num_skipped
+    if num_skipped:
+        say(f"skipped {num_skipped} unreadable images (the warnings name them)\n")
+    if data.test is None:
+        say(f"data set {data.name!r} has no labels: nothing to probe")
+    else:
+        say(str(probe_run(opened, data=data, trained=net)))
+    say(f"\ndone in {(time.monotonic() - began) / 60:.1f} min; figures in {path / 'figures'}")
+
+
+def probe_run(
+    opened: Run,
+    *,
+    data: Data | None = None,
+    trained: LocalNetwork | None = None,
+    protocol: str | None = None,
+    images: int | None = None,
+    seed: int = 0,
+    epochs: int = 100,
+    report: str = "last",
+) -> Any:
+    """Probe a run and its untrained twin, store the table and the plot in its folder, and return the table.
+
+    Args:
+        opened: a run with a checkpoint.
+        data: the data set to probe on; by default the run's own.
+        trained: the network, where it is in memory already.
+        protocol, images: default to the configuration's.
+        seed: of the probes.
+        epochs, report: of the `paper` protocol, see `localsim.analysis.stage_probe.probe_networks`.
+
+    Returns:
+        A `localsim.analysis.stage_probe.ProbeTable`.
+    """
+    from localsim.analysis import plots
+    from localsim.analysis.stage_probe import probe_networks
+
+    config = opened.config
+    data = _data(config) if data is None else data
+    device = trained.device if trained is not None else _device(config.device)
+    networks = {"untrained": opened.network("untrained").to(device)}
+    if config.rule != "untrained":
+        networks[config.rule] = (opened.network() if trained is None else trained).to(device)
+    table = probe_networks(
+        networks,
+        data,
+        image_size=config.image_size,
+        protocol=protocol or config.probe_protocol,
+        train_images=images or config.probe_images,
+        seed=seed,
+        precision=config.precision,
+        workers=config.workers,
+        epochs=epochs,
+        report=report,
+    )
+    write_json(opened.path / "probe.json", table.to_json())
+    write_text(opened.path / "probe.csv", table.to_csv())
+    curves = {
+        name: [(str(row.stage), row.accuracy, row.low, row.high)
+               for row in table.select(network=name, features="raw", probe="linear")]
+        for name in reversed(table.networks)
+    }  # fmt: skip
+    figure = plots.accuracy_by_stage(
+        curves, title=f"Linear probe of raw stage output, {data.name}", chance=table.rows[0].chance
+    )
+    plots.save(figure, opened.path / "figures" / "accuracy_by_stage.png")
+    return table
+
+
+def describe(config: Config, net: LocalNetwork, data: Data, loader: ViewLoader, cost: StepCost | None) -> str:
+    """Return what a run will do: cuts, credit, taps, data, cost, and what a normal loss looks like."""
+    backbone, stages = build_trunk(config)
+    paths = [net.credit.path_to(stage, net.units_per_stage) for stage in range(len(net.stages))]
+    lines = [
+        f"rule {config.rule} on {config.backbone} (stem {config.stem}, {config.image_size} px), "
+        f"preset {config.preset}, seed {config.seed}",
+        "",
+        format_cut_table(cut_table(backbone, stages, config.image_size), paths),
+        "",
+        str(build_credit(config, len(stages))),
+        f"longest gradient path: {net.credit.longest_path(net.units_per_stage)} of {len(net.units)} unit blocks",
+        "",
+    ]
+    tests = "no labels, no probe" if data.test is None else f"{len(data.test)} test images, {len(data.classes)} classes"
+    lines.append(f"data: {data.name}, {len(data.train)} training images, {tests}")
+    if cost is None:
+        return "\n".join([*lines, "nothing is trained: the untrained network is probed"])
+    schedule = Schedule.of(config, loader.steps_per_epoch)
+    trunk = sum(p.numel() for stage in net.stages for p in stage.parameters())
+    heads = sum(p.numel() for p in net.taps.parameters())
+    lines += [
+        f"every tap: readout {config.readout}, projector {'-'.join(map(str, config.projector))}, "
+        f"objective {config.objective}; noise {config.noise}",
+        f"training: {config.epochs} epochs, {schedule.last_step} steps of {config.batch_size} images x "
+        f"{loader.num_views} views, {config.optimizer}, peak learning rate {schedule.peak:g}, "
+        f"{config.precision} precision on {net.device}",
+        f"parameters: trunk {trunk:,}, readouts and heads {heads:,}",
+        f"measured cost: {cost.seconds:.2f} s per step, {cost.held_bytes / 2**20:.0f} MiB of activations held at the "
+        f"peak; about {schedule.last_step * cost.seconds / 60:.1f} min of training",
+    ]
+    tap = net.taps[0] if len(net.taps) else None
+    if tap is not None:
+        chance = tap.objective.chance_level(config.projector[-1], config.batch_size)  # type: ignore[union-attr]
+        lines.append(
+            f"a normal loss: {chance:.3g} is what unrelated views would give; every tap should fall clearly below it "
+            "within the first epochs, and deeper taps usually lower; a tap that stays there learns nothing"
+        )
+    return "\n".join(lines)
+
+
+def _reopen(rule: str | None, preset: str | None, out: str | Path | None, settings: dict[str, Any]) -> Run:
+    if out is None:
+        out = _default_folder(resolve(rule or "blockwise", preset, settings))
+    opened = runs.load_run(out)
+    given = {**settings, "rule": rule, "preset": preset}
+    changed = opened.config.changed_by({name: value for name, value in given.items() if value is not None})
+    if changed:
+        name, (there, here) = next(iter(changed.items()))
+        raise UserError(
+            f"{out} was started with {name}={there!r}, not {here!r}; resume it without --{name.replace('_', '-')}, "
+            "or start another run with another --out"
+        )
+    free = {name: value for name, value in settings.items() if getattr(opened.config, name) != value}
+    return Run(opened.path, dataclasses.replace(opened.config, **free))
+
+
+def _default_folder(config: Config) -> Path:
+    parts = [config.rule]
+    if config.granularity is not None:
+        parts.append(f"g{config.granularity}")
+    if config.cuts != "auto":
+        parts.append(config.cuts.replace(",", "+"))
+    if config.reach is not None:
+        parts.append(f"r{config.reach}")
+    return Path("runs") / "-".join([*parts, config.preset, f"s{config.seed}"])
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name!r} is not available ({str(error).splitlines()[0]}); allowed: auto, cpu, cuda, cuda:N") from None  # fmt: skip  # noqa: E501
+    return device
+
+
+def _contact_sheet(path: Path, data: Data, batch: Batch) -> None:
+    from localsim.analysis import plots
+    from localsim.data import plain_batches
+
+    shown = batch.indices[:8]
+    size = batch.views[0].shape[-1]
+    originals = next(plain_batches(data.train.subset(shown), size=size, batch_size=8, mean=data.mean, std=data.std))
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (data.mean, data.std))
+    pictures = [(x[: len(shown)].cpu() * std + mean).clamp(0, 1) for x in (originals.views[0], *batch.views)]
+    labels = None if batch.labels is None else [data.classes[int(label)] for label in batch.labels[: len(shown)]]
+    plots.save(plots.contact_sheet(pictures[0], pictures[1:], labels), path / "figures" / "views.png")
+
+
+def _loss_plot(path: Path) -> None:
+    from localsim.analysis import plots
+
+    plots.save(plots.loss_curves(runs.read_metrics(path)), path / "figures" / "loss.png")

@@ -1,0 +1,175 @@
+"""Watching a run: is every stage learning, has one collapsed, is a loss still a number?"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from localsim.errors import TrainingFailed
+from localsim.network import LocalNetwork
+
+COLLAPSED_RANK = 1.1
+COLLAPSED_SPREAD = 1e-3
+PATIENCE = 3
+
+
+def effective_rank(x: Tensor) -> float:
+    """Return the effective rank of features `(n, d)`: exp of the entropy of their normalised singular values.
+
+        p_k = s_k / sum_j s_j of the centred features,    erank = exp(-sum_k p_k log p_k)
+
+    Between 1 (all variance on one line) and min(n - 1, d); 0 if all rows are equal. Roy & Vetterli 2007, section 2.
+    """
+    centred = x.double() - x.double().mean(0)
+    gram = centred @ centred.T if len(x) <= x.shape[1] else centred.T @ centred
+    # eigenvalues within rounding of the largest are noise of the Gram product, not directions
+    eigenvalues = torch.linalg.eigvalsh(gram)
+    values = eigenvalues[eigenvalues > eigenvalues[-1] * 1e-12].clamp(min=0).sqrt()
+    if len(values) == 0 or values.sum() == 0:
+        return 0.0
+    p = values / values.sum()
+    return math.exp(-(p * p.log()).sum().item())
+
+
+def relative_spread(z: Tensor) -> float:
+    """Return how much embeddings `(n, d)` differ over the batch: rms deviation from their mean over their rms size."""
+    z = z.double()
+    size = z.square().mean().sqrt().item()
+    return (z - z.mean(0)).square().mean().sqrt().item() / size if size > 0 else 0.0
+
+
+class OnlineProbe:
+    """A softmax classifier per stage, trained along on detached features: each batch is scored before it is learned.
+
+    Features are the stage's map of the first view, averaged over positions and standardised over the batch. The
+    accuracy lags behind that of a probe trained to convergence; it shows the trend while a run goes on.
+    """
+
+    LEARNING_RATE = 0.05
+
+    def __init__(self, num_stages: int, num_classes: int) -> None:
+        self.num_classes = num_classes
+        self.weights: list[Tensor | None] = [None] * num_stages
+        self.hits = [0] * num_stages
+        self.seen = [0] * num_stages
+
+    def observe(self, stage: int, pooled: Tensor, labels: Tensor) -> None:
+        """Score one batch of pooled features `(n, channels)`, then take one step of gradient descent on it."""
+        x = F.pad(F.layer_norm(pooled.T, (len(pooled),)).T, (0, 1), value=1.0)  # a last feature of ones: the bias
+        weights = self.weights[stage]
+        if weights is None:
+            weights = torch.zeros(x.shape[1], self.num_classes, device=x.device)
+        logits = x @ weights
+        self.hits[stage] += int((logits.argmax(1) == labels).sum())
+        self.seen[stage] += len(labels)
+        # the gradient of the mean cross-entropy of a softmax classifier
+        error = logits.softmax(1) - F.one_hot(labels, self.num_classes)
+        self.weights[stage] = weights - self.LEARNING_RATE * x.T @ error / len(labels)
+
+    def flush(self) -> list[float]:
+        """Return the accuracy per stage since the last call."""
+        accuracy = [hits / max(seen, 1) for hits, seen in zip(self.hits, self.seen, strict=True)]
+        self.hits, self.seen = [0] * len(self.hits), [0] * len(self.seen)
+        return accuracy
+
+
+class Monitor:
+    """Collects what the engine's hooks show and turns it into one line of metrics.
+
+    Raises (while observing):
+        TrainingFailed: a loss is not finite, or a tap's embeddings have collapsed at three checks in a row.
+    """
+
+    def __init__(self, net: LocalNetwork, num_classes: int) -> None:
+        self.stage_names = [f"stage{i + 1}" for i in range(len(net.stages))]
+        self.tap_names = tap_names(net)
+        self.probe = OnlineProbe(len(net.stages), num_classes) if num_classes else None
+        self.suspicions = [0] * len(net.taps)
+        self.loss_sum = [0.0] * len(net.taps)
+        self.num_steps = 0
+        self.labels: Tensor | None = None
+        self.checking = False
+        self.ranks: dict[str, float] = {}
+        self.embedding_ranks: dict[str, float] = {}
+
+    def start_step(self, step: int, labels: Tensor | None, checking: bool) -> None:
+        """Say which step begins, and whether ranks are computed in it."""
+        self.step, self.labels, self.checking = step, labels, checking
+        self.num_steps += 1
+
+    def on_stage(self, stage: int, outputs: list[Tensor], alive: tuple[int, ...]) -> None:
+        """Engine hook: feed the online probe, measure the stage's effective rank."""
+        pooled = outputs[0].float().mean((2, 3))
+        if self.probe is not None and self.labels is not None:
+            self.probe.observe(stage, pooled, self.labels)
+        if self.checking and pooled.isfinite().all():
+            self.ranks[self.stage_names[stage]] = effective_rank(pooled)
+
+    def on_tap(self, tap: int, embeddings: tuple[Tensor, ...], loss: Tensor) -> None:
+        """Engine hook: stop on a loss that is not a number or on collapsed embeddings."""
+        name, value = self.tap_names[tap], loss.item()
+        if not math.isfinite(value):
+            raise TrainingFailed(f"the loss of tap {name} is {value} at step {self.step}; a lower --lr may help")
+        self.loss_sum[tap] += value
+        if not self.checking:
+            return
+        z = embeddings[0]
+        rank, spread = effective_rank(z), relative_spread(z)
+        self.embedding_ranks[name] = rank
+        collapsed = rank < COLLAPSED_RANK or spread < COLLAPSED_SPREAD
+        self.suspicions[tap] = self.suspicions[tap] + 1 if collapsed else 0
+        if self.suspicions[tap] >= PATIENCE:
+            raise TrainingFailed(
+                f"tap {name} has collapsed at step {self.step}: its embeddings of different images differ by "
+                f"{spread:.1e} of their size and have effective rank {rank:.2f} of {z.shape[1]}"
+            )
+
+    @property
+    def healthy(self) -> bool:
+        """Whether no tap is under suspicion of collapse: only then is a checkpoint worth keeping."""
+        return not any(self.suspicions)
+
+    def flush(self) -> dict[str, Any]:
+        """Return the mean loss since the last call, the latest ranks, and the online probe's accuracy."""
+        num_steps = max(self.num_steps, 1)
+        row: dict[str, Any] = {
+            "loss": {name: total / num_steps for name, total in zip(self.tap_names, self.loss_sum, strict=True)},
+            "effective_rank": dict(self.ranks),
+            "embedding_rank": dict(self.embedding_ranks),
+        }
+        if self.probe is not None:
+            row["online_probe"] = dict(zip(self.stage_names, self.probe.flush(), strict=True))
+        self.loss_sum = [0.0] * len(self.tap_names)
+        self.num_steps = 0
+        return row
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed run needs to write the same lines."""
+        probe = self.probe
+        return {
+            "probe": None if probe is None else [list(probe.weights), list(probe.hits), list(probe.seen)],
+            "suspicions": list(self.suspicions),
+            "loss_sum": list(self.loss_sum),
+            "num_steps": self.num_steps,
+        }
+
+    def load_state(self, state: dict[str, Any], device: torch.device) -> None:
+        """Take up the state that `state` returned."""
+        self.suspicions, self.loss_sum = list(state["suspicions"]), list(state["loss_sum"])
+        self.num_steps = state["num_steps"]
+        if self.probe is not None and state["probe"] is not None:
+            weights, self.probe.hits, self.probe.seen = state["probe"]
+            self.probe.weights = [None if w is None else w.to(device) for w in weights]
+
+
+def tap_names(net: LocalNetwork) -> list[str]:
+    """Return one name per tap: its stage's, numbered where several taps read the same stage."""
+    stages = [tap.stage for tap in net.taps]
+    return [
+        f"stage{stage + 1}" if stages.count(stage) == 1 else f"stage{stage + 1}.{stages[:t].count(stage) + 1}"
+        for t, stage in enumerate(stages)
+    ]

@@ -1,0 +1,296 @@
+"""The run folder: everything needed to know, resume and analyse a run, readable without localsim.
+
+| file | what |
+|---|---|
+| `config.json` | the resolved configuration |
+| `environment.json` | versions, machine and command line of every start |
+| `plan.txt` | cuts, credit and cost, as printed at the start |
+| `metrics.jsonl` | one JSON object per line: losses, learning rate, throughput, ranks, online probes |
+| `checkpoints/00000350/` | after 350 steps: `trunk.safetensors` (torchvision's names), `taps.safetensors` (readouts and heads), `optimizer.pt`, `monitor.pt`, `progress.json` |
+| `probe.json`, `probe.csv` | accuracy of every stage, with intervals and settings |
+| `figures/` | plots |
+| `lock` | held by the one process that writes |
+
+Every file is written whole or not at all; a checkpoint folder appears under its name only when it is complete.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import filelock
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from localsim.config import Config
+from localsim.errors import UserError
+from localsim.files import write_json, write_text
+
+if TYPE_CHECKING:
+    from localsim.analysis.stage_probe import ProbeTable
+    from localsim.network import LocalNetwork
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, opened for reading.
+
+    Attributes:
+        path: the folder.
+        config: the resolved configuration.
+    """
+
+    path: Path
+    config: Config
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return the lines of `metrics.jsonl`, oldest first; a last line that a crash cut short is left out."""
+        return read_metrics(self.path)
+
+    @property
+    def step(self) -> int:
+        """How many steps the newest checkpoint has seen; 0 without one."""
+        return checkpoint_step(self.path)
+
+    def network(self, which: str = "trained") -> LocalNetwork:
+        """Return the network in evaluation mode: `trained` (the newest checkpoint) or `untrained` (its initialisation).
+
+        Raises:
+            UserError: another word, or weights that cannot be read or are of another architecture.
+        """
+        from localsim.build import build_network
+
+        if which not in ("trained", "untrained"):
+            raise UserError(f"which network? {which!r}; allowed: trained, untrained")
+        net = build_network(self.config)
+        if which == "trained" and self.config.rule != "untrained":
+            folder = newest_checkpoint(self.path)
+            if folder is None:
+                raise UserError(f"{self.path} has no checkpoint yet; continue it with `localsim run --resume`")
+            load_weights(net, folder)
+        return net.eval()
+
+    def probe(self) -> ProbeTable | None:
+        """Return the probe results stored with the run, or None if it has not been probed."""
+        from localsim.analysis.stage_probe import ProbeTable
+
+        path = self.path / "probe.json"
+        return ProbeTable.from_json(_read_json(path)) if path.exists() else None
+
+
+def load_run(path: str | Path) -> Run:
+    """Open a run folder; UserError if it is none."""
+    path = Path(path)
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path} is not a run folder: it has no config.json")
+    return Run(path, Config.from_json(_read_json(path / "config.json"), path / "config.json"))
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Hold the folder's lock; UserError if another process has it. The system frees it when a process dies."""
+    path.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path / "lock", timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise UserError(f"{path} is being written by another process; wait for it, or choose another --out") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def start_run(path: Path, config: Config) -> Run:
+    """Write the configuration of a new run; UserError if the folder holds a run already."""
+    refuse_existing(path)
+    write_json(path / "config.json", config.to_json())
+    return Run(path, config)
+
+
+def refuse_existing(path: Path) -> None:
+    """Raise UserError if the folder holds a run."""
+    if (path / "config.json").exists():
+        raise UserError(f"{path} already holds a run; continue it with --resume, or choose another --out")
+
+
+def record_environment(path: Path) -> None:
+    """Add versions, machine and command line of this start to `environment.json`."""
+    import numpy
+    import torchvision
+
+    from localsim import __version__
+
+    file = path / "environment.json"
+    starts = _read_json(file) if file.exists() else []
+    starts.append(
+        {
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "localsim": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "numpy": numpy.__version__,
+            "host": socket.gethostname(),
+            "processor": platform.machine(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "resumed_from_step": checkpoint_step(path),
+        }
+    )
+    write_json(file, starts)
+
+
+def append_metrics(path: Path, row: Mapping[str, Any]) -> None:
+    """Add one line to `metrics.jsonl`."""
+    with (path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, allow_nan=False) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the complete lines of `metrics.jsonl`."""
+    file = path / "metrics.jsonl"
+    if not file.exists():
+        return []
+    text = file.read_text(encoding="utf-8")
+    rows = []
+    for number, line in enumerate(text.splitlines(keepends=True), start=1):
+        if line.endswith("\n"):
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                raise UserError(f"{file}, line {number} is not JSON: {line.strip()[:80]!r}") from None
+    return rows
+
+
+def forget_metrics_after(path: Path, step: int) -> None:
+    """Drop the lines that a resumed run will write again."""
+    kept = [row for row in read_metrics(path) if row["step"] <= step]
+    write_text(path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+
+
+# -- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    path: Path, step: int, net: LocalNetwork, optimizer: torch.optim.Optimizer | None, monitor: Mapping[str, Any]
+) -> Path:
+    """Write a checkpoint after `step` steps and then remove older ones; on failure the older ones stay."""
+    root = path / "checkpoints"
+    final = root / f"{step:08d}"
+    partial = root / f".{step:08d}.partial"
+    if final.exists():
+        return final
+    root.mkdir(exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        save_file(_plain(net.trunk_state_dict()), partial / "trunk.safetensors")
+        save_file(_plain(net.taps.state_dict()), partial / "taps.safetensors")
+        if optimizer is not None:
+            torch.save(optimizer.state_dict(), partial / "optimizer.pt")
+        torch.save(dict(monitor), partial / "monitor.pt")
+        write_json(partial / "progress.json", {"step": step})
+        for file in partial.iterdir():
+            with file.open("rb+") as handle:
+                os.fsync(handle.fileno())
+        partial.rename(final)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        kept = newest_checkpoint(path)
+        raise UserError(
+            f"the checkpoint after step {step} could not be written ({_cause(error)}); "
+            + (f"{kept} is kept" if kept else "there is none yet")
+            + "; make room and continue with --resume"
+        ) from error
+    for older in root.iterdir():
+        if older != final:
+            shutil.rmtree(older, ignore_errors=True)
+    return final
+
+
+def newest_checkpoint(path: Path) -> Path | None:
+    """Return the folder of the newest complete checkpoint."""
+    found = [folder for folder in (path / "checkpoints").glob("[0-9]*") if folder.is_dir()]
+    return max(found, key=lambda folder: int(folder.name), default=None)
+
+
+def checkpoint_step(path: Path) -> int:
+    """Return how many steps the newest checkpoint has seen; 0 without one."""
+    folder = newest_checkpoint(path)
+    return int(folder.name) if folder else 0
+
+
+def load_weights(net: LocalNetwork, folder: Path) -> None:
+    """Load trunk and taps of a checkpoint folder.
+
+    Raises:
+        UserError: a file is missing, damaged, or of another architecture.
+    """
+    try:
+        net.load_trunk_state_dict(_load_tensors(folder / "trunk.safetensors"))
+    except UserError as error:
+        raise UserError(f"{folder / 'trunk.safetensors'}: {error}") from None
+    taps = _load_tensors(folder / "taps.safetensors")
+    try:
+        net.taps.load_state_dict(taps)
+    except RuntimeError as error:
+        first = str(error).splitlines()[-1].strip()
+        raise UserError(f"{folder / 'taps.safetensors'} holds the heads of another architecture: {first}") from None
+
+
+def load_training_state(folder: Path, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+    """Load the optimiser's state in place and return the monitor's; UserError if a file is missing or damaged."""
+    if optimizer is not None:
+        state = _load_plain(folder / "optimizer.pt")
+        try:
+            optimizer.load_state_dict(state)
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{folder / 'optimizer.pt'} is the state of another optimiser: {error}") from None
+    return _load_plain(folder / "monitor.pt")
+
+
+def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read: {_cause(error)}") from None
+
+
+def _load_plain(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged archive surfaces as any of half a dozen types, pickle's own among them
+        raise UserError(f"{path} cannot be read: {_cause(error)}") from None
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {_cause(error)}") from None
+
+
+def _cause(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (str(error).splitlines() or [type(error).__name__])[0]

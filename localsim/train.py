@@ -1,0 +1,249 @@
+"""The training loop. Read it from top to bottom: that is the order in which things happen."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from localsim import engine, runs
+from localsim.config import Config
+from localsim.data import Batch, ViewLoader
+from localsim.errors import Interrupted, TrainingFailed
+from localsim.memory import HeldBytes
+from localsim.monitor import Monitor
+from localsim.network import LocalNetwork
+from localsim.optim import learning_rate, make_optimizer, scaled_lr
+from localsim.rng import key
+
+
+def train(
+    net: LocalNetwork, loader: ViewLoader, config: Config, path: Path, *, num_classes: int, progress: bool = True
+) -> int:
+    """Train a network from its newest checkpoint in the run folder `path`, or from step 0, to the end.
+
+    Every random draw is keyed by seed and step, so a resumed run computes what an uninterrupted one would have.
+
+    Args:
+        net: on the device it is trained on.
+        loader: two augmented views per image.
+        config: see `localsim.config.Config`.
+        path: a run folder whose lock the caller holds.
+        num_classes: for the online probe; 0 without labels.
+        progress: show a progress bar (plain lines when stderr is not a terminal).
+
+    Returns:
+        The number of steps the network has seen.
+
+    Raises:
+        TrainingFailed: a loss is not finite or a tap has collapsed; the last good checkpoint is kept.
+        Interrupted: by Ctrl-C or SIGTERM, after a checkpoint was written.
+        UserError: a checkpoint cannot be read or written.
+    """
+    schedule = Schedule.of(config, loader.steps_per_epoch)
+    monitor = Monitor(net, num_classes)
+    optimizer = make_optimizer(
+        config.optimizer, net.parameters(), lr=schedule.peak, weight_decay=config.weight_decay, momentum=config.momentum
+    )
+    step = _restore(path, net, optimizer, monitor)
+
+    def apply(_parameters: list[nn.Parameter]) -> None:
+        # gradients exist only where they are final, so one optimiser steps just the stage or tap that is done
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    hooks = engine.Hooks(on_stage=monitor.on_stage, on_tap=monitor.on_tap, on_final=apply)
+    net.train()
+    saved_at = logged_at = time.monotonic()
+    images_since_log = 0
+    with _stop_signals() as stop, _Progress(schedule.last_step, step, progress) as bar:
+        while step < schedule.last_step:
+            epoch, first = divmod(step, loader.steps_per_epoch)
+            for batch in loader.epoch(epoch, first):
+                rate = schedule.rate(step)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                logs = (step + 1) % config.log_every == 0 or step + 1 == schedule.last_step
+                monitor.start_step(step + 1, batch.labels, checking=logs)
+                try:
+                    with HeldBytes(net.parameters()) if logs else contextlib.nullcontext() as held:
+                        _one_step(net, batch, config, step, hooks)
+                except TrainingFailed as error:
+                    kept = runs.newest_checkpoint(path)
+                    raise TrainingFailed(f"{error}; " + (f"{kept} is kept" if kept else "no checkpoint yet")) from None
+                step += 1
+                images_since_log += len(batch.indices)
+                if logs:
+                    seconds = time.monotonic() - logged_at
+                    row = {
+                        "step": step,
+                        "epoch": epoch,
+                        "lr": rate,
+                        **monitor.flush(),
+                        "images_per_second": images_since_log / seconds,
+                        "held_bytes": held.peak if held else 0,
+                    }
+                    runs.append_metrics(path, row)
+                    bar.show(row)
+                    logged_at, images_since_log = time.monotonic(), 0
+                bar.advance(step)
+                ends = step == schedule.last_step or step % loader.steps_per_epoch == 0
+                late = time.monotonic() - saved_at > 60 * config.checkpoint_minutes
+                if step == schedule.last_step or ((ends or late or stop.is_set()) and monitor.healthy):
+                    runs.save_checkpoint(path, step, net, optimizer, monitor.state())
+                    saved_at = time.monotonic()
+                if stop.is_set():
+                    raise Interrupted
+                if step == schedule.last_step:
+                    break
+    return step
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate as a pure function of the step."""
+
+    peak: float
+    warmup_steps: int
+    total_steps: int
+    last_step: int
+    final_factor: float
+
+    @classmethod
+    def of(cls, config: Config, steps_per_epoch: int) -> Schedule:
+        """Return the schedule that a configuration means on a data set of so many steps."""
+        total = config.epochs * steps_per_epoch
+        return cls(
+            peak=scaled_lr(config.lr, config.batch_size) if config.lr_scaling == "linear" else config.lr,
+            warmup_steps=round(config.warmup_epochs * steps_per_epoch),
+            total_steps=total,
+            last_step=min(total, config.max_steps or total),
+            final_factor=config.final_lr_factor,
+        )
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of the step that follows `step` finished ones."""
+        return learning_rate(
+            step,
+            base=self.peak,
+            total_steps=self.total_steps,
+            warmup_steps=self.warmup_steps,
+            final_factor=self.final_factor,
+        )
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What one step was measured to cost: wall-clock seconds, and bytes that autograd held at the peak."""
+
+    seconds: float
+    held_bytes: int
+
+
+def rehearse(net: LocalNetwork, batch: Batch, config: Config) -> StepCost:
+    """Measure a step without learning from it: gradients are dropped and buffers put back as they were."""
+    buffers = [buffer.clone() for buffer in net.buffers()]
+    net.train()
+    seconds = 0.0
+    held = HeldBytes(net.parameters())
+    for attempt in ("cold", "warm"):
+        start = time.monotonic()
+        with held if attempt == "cold" else contextlib.nullcontext():
+            losses = _one_step(net, batch, config, 0, engine.Hooks(on_final=_drop))
+        for loss in losses.values():
+            loss.item()  # waits for an accelerator
+        seconds = time.monotonic() - start
+        if seconds > 5:
+            break
+    with torch.no_grad():
+        for buffer, before in zip(net.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+    return StepCost(seconds, held.peak)
+
+
+def _one_step(net: LocalNetwork, batch: Batch, config: Config, step: int, hooks: engine.Hooks) -> dict[int, Any]:
+    views = batch.views
+    if config.channels_last:
+        views = tuple(view.contiguous(memory_format=torch.channels_last) for view in views)
+    draws = key(config.seed, "step", step)
+    return engine.backward(net, *views, labels=batch.labels, key=draws, precision=config.precision, hooks=hooks)
+
+
+def _drop(parameters: list[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.grad = None
+
+
+def _restore(path: Path, net: LocalNetwork, optimizer: torch.optim.Optimizer, monitor: Monitor) -> int:
+    folder = runs.newest_checkpoint(path)
+    if folder is None:
+        runs.forget_metrics_after(path, 0)
+        return 0
+    runs.load_weights(net, folder)
+    monitor.load_state(runs.load_training_state(folder, optimizer), net.device)
+    step = int(folder.name)
+    runs.forget_metrics_after(path, step)
+    return step
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """Turn the first Ctrl-C or SIGTERM into a request to stop after the step; a second one stops at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def request(number: int, _frame: object) -> None:
+        stop.set()
+        signal.signal(number, before[signal.Signals(number)])
+
+    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Progress:
+    """A bar on a terminal, a plain line per metrics row elsewhere, or nothing."""
+
+    def __init__(self, total: int, start: int, wanted: bool) -> None:
+        self.total, self.wanted, self.began, self.start = total, wanted, time.monotonic(), start
+        self.bar = tqdm(total=total, initial=start, unit="step") if wanted and sys.stderr.isatty() else None
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def advance(self, step: int) -> None:
+        if self.bar is not None:
+            self.bar.update(step - self.bar.n)
+
+    def show(self, row: dict[str, Any]) -> None:
+        losses = " ".join(f"{name} {value:.3f}" for name, value in row["loss"].items())
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {losses}, {row['images_per_second']:.0f} images/s")
+        elif self.wanted:
+            done = row["step"] - self.start
+            left = (time.monotonic() - self.began) / done * (self.total - row["step"])
+            print(
+                f"step {row['step']}/{self.total}  loss {losses}  lr {row['lr']:.2g}  "
+                f"{row['images_per_second']:.0f} images/s  {left / 60:.1f} min left",
+                file=sys.stderr,
+                flush=True,
+            )
