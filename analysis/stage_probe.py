@@ -19,6 +19,8 @@ from localsim.network import LocalNetwork
 
 PROTOCOLS = ("logistic", "paper")
 BATCH = 256
+KNN_BANK = 50_000
+"""Training images that the k-NN probe of the `paper` protocol keeps: all of ImageNet's features would take 60 GB."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,8 @@ def probe_networks(
         image_size: side of the images, in pixels.
         protocol: `logistic` fits an L2-regularised logistic regression to convergence on unaugmented images. `paper`
             is that of Siddiqui et al. 2023: SGD 0.1, momentum 0.9, weight decay 1e-6, cosine, 100 epochs, batch 256,
-            random crops and flips. Both add a weighted 20-NN probe.
+            random crops and flips. Both add a weighted 20-NN probe; with
+            `paper` its neighbours are at most `KNN_BANK` training images.
         train_images: use this many of the training images, as evenly over the classes as they allow.
         seed: of the probes (not of the networks).
         precision: of the forward passes.
@@ -156,7 +159,8 @@ def probe_networks(
     for name, net in networks.items():
         net.eval()
         device = net.device
-        x_train, y_train = collect_features(net, batches(train), precision=precision)
+        kept = class_balanced(train, KNN_BANK, "train") if protocol == "paper" else train
+        x_train, y_train = collect_features(net, batches(kept), precision=precision)
         x_test, y_test = collect_features(net, batches(data.test), precision=precision)
         assert y_train is not None and y_test is not None
         if protocol == "paper":

@@ -19,14 +19,14 @@ if not (_here / "rules").exists() and (_here.parent / "rules" / "rule.py").is_fi
 
 if TYPE_CHECKING:
     from localsim import engine as engine
-    from localsim.build import build as build
+    from localsim.assembly import build as build
     from localsim.credit import Credit as Credit
     from localsim.errors import UserError as UserError
     from localsim.experiment import run as run
     from localsim.runs import load_run as load_run
 
 _WHERE = {
-    "build": "localsim.build",
+    "build": "localsim.assembly",
     "Credit": "localsim.credit",
     "UserError": "localsim.errors",
     "run": "localsim.experiment",

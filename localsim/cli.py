@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import sys
 import warnings
@@ -63,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.debug:
             raise
         where = f": {error.filename}" if error.filename else ""
-        print(f"localsim: {error.strerror or error}{where}", file=sys.stderr)
+        hint = "; complete checkpoints are kept, make room and continue with --resume" * (error.errno == errno.ENOSPC)
+        print(f"localsim: {error.strerror or error}{where}{hint}", file=sys.stderr)
         return 1
 
 

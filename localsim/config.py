@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from localsim.errors import UserError
+from localsim.errors import UserError, one_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class Config:
     channels_last: bool
     seed: int
     # probe at the end of the run
-    probe_protocol: str  # logistic, or paper (Siddiqui et al. 2023)
+    probe_protocol: str  # logistic, paper (Siddiqui et al. 2023), or none
     probe_images: int | None  # training images that the probes see; None: all
     # how it is run: does not change the numbers, may differ when a run is resumed
     max_steps: int | None = field(default=None, metadata={"free": True})  # stop after so many; the schedule stays
@@ -68,6 +68,10 @@ class Config:
     checkpoint_minutes: float = field(default=5.0, metadata={"free": True})  # besides the end of every epoch
 
     def __post_init__(self) -> None:
+        for name in ("lr", "image_size", "epochs"):
+            value = getattr(self, name)
+            if not (_is_number(value) and 0 < value < math.inf):
+                raise UserError(f"{name} is {value!r}; allowed: numbers above 0")
         for name, low in _AT_LEAST.items():
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and low <= value < math.inf):
@@ -75,13 +79,14 @@ class Config:
         for name, allowed in _ONE_OF.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(map(str, allowed))}")
-        for name in ("lr", "image_size", "epochs"):
-            if getattr(self, name) == 0:
-                raise UserError(f"{name} is 0; allowed: numbers above 0")
         for name in _WHOLE:
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int) and not isinstance(value, bool)):
                 raise UserError(f"{name} is {value!r}; allowed: whole numbers")
+        widths = self.projector
+        if not (isinstance(widths, list | tuple) and all(isinstance(w, int) and w >= 1 for w in widths) and widths):
+            raise UserError(f"projector is {widths!r}; allowed: a list of whole numbers above 0, e.g. [256, 256]")
+        object.__setattr__(self, "projector", list(widths))  # a tuple would differ from what config.json gives back
         if self.reach is not None and self.credit is not None:
             raise UserError("reach and an explicit credit matrix contradict each other; give one of them")
 
@@ -93,6 +98,8 @@ class Config:
     @classmethod
     def from_json(cls, values: Mapping[str, Any], source: str | Path) -> Config:
         """Return the configuration that a `config.json` holds; UserError naming `source` if it holds something else."""
+        if not isinstance(values, Mapping):
+            raise UserError(f"{source} is not a configuration: it holds {type(values).__name__}, not named entries")
         known = {f.name: f for f in dataclasses.fields(cls)}
         unknown = [name for name in values if name not in known]
         missing = [n for n, f in known.items() if n not in values and f.default is dataclasses.MISSING]
@@ -107,23 +114,28 @@ class Config:
         return dataclasses.asdict(self)
 
     def changed_by(self, overrides: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Return the fields that `overrides` would change and that decide the numbers: name -> (here, there)."""
+        """Return the fields that `overrides` would change and that decide the numbers: name -> (here, there).
+
+        Raises:
+            UserError: there is no such field.
+        """
+        for name in overrides:
+            if name not in self.names():
+                raise one_of("setting", name, self.names())
         free = {f.name for f in dataclasses.fields(self) if f.metadata.get("free")}
+        other = dataclasses.replace(self, **overrides)
         return {
-            name: (getattr(self, name), value)
-            for name, value in overrides.items()
-            if name not in free and getattr(self, name) != value
+            name: (getattr(self, name), getattr(other, name))
+            for name in overrides
+            if name not in free and getattr(self, name) != getattr(other, name)
         }
 
 
 _AT_LEAST = {
     "expand_width": 1,
-    "image_size": 0,
     "train_images": 1,
     "test_images": 1,
-    "epochs": 0,
     "batch_size": 2,
-    "lr": 0,
     "weight_decay": 0,
     "momentum": 0,
     "warmup_epochs": 0,
@@ -143,7 +155,7 @@ _ONE_OF = {
     "projector_init": ("private", "identical"),
     "lr_scaling": ("linear", "none"),
     "precision": ("full", "bf16"),
-    "probe_protocol": ("logistic", "paper"),
+    "probe_protocol": ("logistic", "paper", "none"),
     "zero_init_residual": (True, False),
     "channels_last": (True, False),
 }

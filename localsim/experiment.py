@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from localsim import runs
-from localsim.build import build_credit, build_network, build_trunk
+from localsim.assembly import build_credit, build_network, build_trunk
 from localsim.config import Config
 from localsim.credit import Credit
 from localsim.data import AUGMENTATIONS, Batch, Data, ViewLoader, load_data
@@ -139,6 +139,8 @@ def _carry_out(opened: Run, prepared: _Prepared, say: Say, *, progress: bool) ->
         say(f"skipped {num_skipped} unreadable images (the warnings name them)\n")
     if data.test is None:
         say(f"data set {data.name!r} has no labels: nothing to probe")
+    elif config.probe_protocol == "none":
+        say(f"not probed; `localsim probe {path} --protocol logistic` does it")
     else:
         say(str(probe_run(opened, data=data, trained=net)))
     say(f"\ndone in {(time.monotonic() - began) / 60:.1f} min; figures in {path / 'figures'}")
@@ -181,7 +183,7 @@ def probe_run(
         networks,
         data,
         image_size=config.image_size,
-        protocol=protocol or config.probe_protocol,
+        protocol=protocol or (config.probe_protocol if config.probe_protocol != "none" else "logistic"),
         train_images=images or config.probe_images,
         seed=seed,
         precision=config.precision,

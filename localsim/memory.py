@@ -59,7 +59,8 @@ class _Held:
     __slots__ = ("ledger", "tensor")
 
     def __init__(self, tensor: Tensor, ledger: HeldBytes) -> None:
-        self.tensor = tensor
+        # detached: an operation's own output would keep the graph that keeps it alive
+        self.tensor = tensor.detach()
         self.ledger = ledger
         ledger._add(tensor, 1)
 

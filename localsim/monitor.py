@@ -24,12 +24,15 @@ def effective_rank(x: Tensor) -> float:
 
     Between 1 (all variance on one line) and min(n - 1, d); 0 if all rows are equal. Roy & Vetterli 2007, section 2.
     """
-    centred = x.double() - x.double().mean(0)
+    x = x.double()
+    centred = x - x.mean(0)
     gram = centred @ centred.T if len(x) <= x.shape[1] else centred.T @ centred
-    # eigenvalues within rounding of the largest are noise of the Gram product, not directions
+    # eigenvalues within rounding of the largest are noise of the Gram product, not directions; likewise those within
+    # rounding of the features' own size, which the mean of equal rows leaves behind
     eigenvalues = torch.linalg.eigvalsh(gram)
-    values = eigenvalues[eigenvalues > eigenvalues[-1] * 1e-12].clamp(min=0).sqrt()
-    if len(values) == 0 or values.sum() == 0:
+    rounding = max(eigenvalues[-1].item() * 1e-12, x.square().sum().item() * 1e-26)
+    values = eigenvalues[eigenvalues > rounding].sqrt()
+    if len(values) == 0:
         return 0.0
     p = values / values.sum()
     return math.exp(-(p * p.log()).sum().item())

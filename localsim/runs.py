@@ -70,7 +70,7 @@ class Run:
         Raises:
             UserError: another word, or weights that cannot be read or are of another architecture.
         """
-        from localsim.build import build_network
+        from localsim.assembly import build_network
 
         if which not in ("trained", "untrained"):
             raise UserError(f"which network? {which!r}; allowed: trained, untrained")

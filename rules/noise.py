@@ -48,7 +48,7 @@ class Noise:
             raise UserError(f"noise {self.kind!r} with sigma {self.sigma:g} means nothing; use none, or e.g. all:0.25")
 
     def __str__(self) -> str:
-        return self.kind if self.kind == "none" else f"{self.kind}:{self.sigma:g}"
+        return self.kind if self.kind == "none" else f"{self.kind}:{self.sigma}"
 
     @classmethod
     def parse(cls, text: str) -> Noise:
@@ -78,8 +78,8 @@ class BoundaryNoise(nn.Module):
         if dims is None or not self.training:
             return x
         # a 1x1 map has no deviation over its positions: scale 0, not NaN
-        defined = all(x.shape[d] == 1 for d in dims)
-        scale = torch.zeros((), dtype=x.dtype, device=x.device) if defined else x.std(dims, keepdim=True)
+        single = all(x.shape[d] == 1 for d in dims)
+        scale = torch.zeros((), dtype=x.dtype, device=x.device) if single else x.std(dims, keepdim=True)
         return x + self.noise.sigma * scale * torch.randn_like(x)
 
     def extra_repr(self) -> str:

@@ -10,5 +10,5 @@ RULE = Rule(
     summary="No loss, nothing is learned: the network at its initialisation, which every comparison needs.",
     paper="a control, e.g. Geiger et al., Wiring Up Vision, ICLR 2022",
     credit=Credit.untrained,
-    meaningless=dict.fromkeys(("reach", "objective", "readout", "noise"), _REASON),
+    meaningless=dict.fromkeys(("reach", "credit", "objective", "readout", "noise"), _REASON),
 )

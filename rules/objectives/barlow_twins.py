@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -34,8 +35,9 @@ class BarlowTwins:
 
     def __post_init__(self) -> None:
         for name in ("lambda_", "scale", "eps"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"barlow_twins: {name} is {getattr(self, name)}; allowed: numbers >= 0")
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise UserError(f"barlow_twins: {name} is {value!r}; allowed: numbers >= 0")
 
     def __call__(self, embeddings: tuple[Tensor, ...], labels: Tensor | None = None) -> Tensor:
         """Return the loss of embeddings `(z1, z2)`, each `(n, d)`; labels are not used."""
@@ -56,9 +58,10 @@ class BarlowTwins:
         return (z - mean) * torch.rsqrt(variance + self.eps)
 
     def chance_level(self, num_dimensions: int, batch_size: int) -> float:
-        """Return the expected loss of two unrelated views with independent dimensions: where "learns nothing" lies.
+        """Return the expected loss of two unrelated views: where "learns nothing" lies.
 
-        Then E[C_ij^2] = 1/n for all i, j, so L = scale * (d (1 + 1/n) + lambda d (d - 1) / n).
+        Then C_ij is the correlation coefficient of n unrelated pairs, with E[C_ij] = 0 and E[C_ij^2] = 1 / (n - 1)
+        (eps neglected), so L = scale * (d (1 + 1 / (n - 1)) + lambda d (d - 1) / (n - 1)). `batch_size` n is at least 2.
         """
-        d, n = num_dimensions, batch_size
-        return self.scale * (d * (1 + 1 / n) + self.lambda_ * d * (d - 1) / n)
+        d, freedom = num_dimensions, batch_size - 1
+        return self.scale * (d * (1 + 1 / freedom) + self.lambda_ * d * (d - 1) / freedom)

@@ -1,0 +1,475 @@
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import pickle
+import shutil
+import signal
+from pathlib import Path
+
+import filelock
+import pytest
+import torch
+import torchvision
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tiny import (
+    STEPS_PER_EPOCH,
+    TINY,
+    assert_same_tensors,
+    checkpoint_tensors,
+    python,
+    timeless,
+    tiny_config,
+    train_in,
+)
+
+import localsim
+from localsim import runs
+from localsim.assembly import build_network
+from localsim.config import Config
+from localsim.errors import UserError
+from localsim.optim import make_optimizer
+
+LOGGED = {"log_every": 2}  # so that a checkpoint may lie between two lines of metrics
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A run that nothing disturbed; not to be changed."""
+    path = tmp_path_factory.mktemp("runs") / "finished"
+    localsim.run(out=path, quiet=True, **TINY | LOGGED)
+    return path
+
+
+@pytest.fixture
+def copy(finished, tmp_path) -> Path:
+    """The same run, to be damaged."""
+    return shutil.copytree(finished, tmp_path / "copy")
+
+
+def newest(path: Path) -> Path:
+    folder = runs.newest_checkpoint(path)
+    assert folder is not None
+    return folder
+
+
+def an_optimizer(config: Config) -> torch.optim.Optimizer:
+    return make_optimizer(config.optimizer, build_network(config).parameters(), lr=0.1, weight_decay=0)
+
+
+# -- what is in the folder --------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_holds_these_files_and_no_others(finished):
+    files = {str(file.relative_to(finished)) for file in finished.rglob("*") if file.is_file()}
+    last = "checkpoints/00000010"
+    assert files == {
+        *("config.json", "environment.json", "plan.txt", "metrics.jsonl", "probe.json", "probe.csv", "lock"),
+        *(f"{last}/{name}" for name in ("trunk.safetensors", "taps.safetensors", "optimizer.pt", "monitor.pt")),
+        f"{last}/progress.json",
+        *(f"figures/{name}.png" for name in ("views", "loss", "accuracy_by_stage")),
+    }
+
+
+def test_the_folder_can_be_read_without_localsim(finished):
+    config = json.loads((finished / "config.json").read_text())
+    assert {name: config[name] for name in TINY | LOGGED} == TINY | LOGGED
+    assert config["rule"] == "blockwise" and config["seed"] == 0
+    (start,) = json.loads((finished / "environment.json").read_text())
+    assert start["torch"] == torch.__version__ and start["localsim"] == localsim.__version__
+    assert start["resumed_from_step"] == 0 and start["command"]
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6, 8, 10]
+    assert [line["epoch"] for line in lines] == [0, 0, 1, 1, 1]
+    for line in lines:
+        assert set(line["loss"]) == set(line["online_probe"]) == {"stage1", "stage2", "stage3"}
+        assert line["held_bytes"] > 0 and line["images_per_second"] > 0
+
+
+def test_load_run_gives_back_configuration_step_and_networks(finished):
+    run = localsim.load_run(finished)
+    assert run.config == tiny_config(**LOGGED) and run.step == 10 and run.path == finished
+    trained, untrained = run.network(), run.network("untrained")
+    assert not trained.training and not untrained.training
+    saved = checkpoint_tensors(finished)
+    assert_same_tensors({f"trunk.safetensors: {k}": x for k, x in trained.trunk_state_dict().items()},
+                        {k: x for k, x in saved.items() if k.startswith("trunk")})  # fmt: skip
+    assert_same_tensors({f"taps.safetensors: {k}": x for k, x in trained.taps.state_dict().items()},
+                        {k: x for k, x in saved.items() if k.startswith("taps")})  # fmt: skip
+    assert_same_tensors(untrained.state_dict(), build_network(run.config).state_dict())
+    with pytest.raises(UserError, match="which network\\? 'best'; allowed: trained, untrained"):
+        run.network("best")
+
+
+def test_the_trunk_loads_into_torchvisions_network(tmp_path):
+    """The file is torchvision's checkpoint but for the classifier: the same outputs, under the same names."""
+    net = build_network(tiny_config(backbone="resnet18")).eval()
+    folder = runs.save_checkpoint(tmp_path, 1, net, None, {})
+    model = torchvision.models.resnet18()
+    model.fc = torch.nn.Identity()  # type: ignore[assignment]
+    model.load_state_dict(load_file(folder / "trunk.safetensors"), strict=True)
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(model.eval()(x), net(x).mean((2, 3)))
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    for path in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(UserError, match="is not a run folder: it has no config.json"):
+            localsim.load_run(path)
+
+
+# -- resume -----------------------------------------------------------------------------------------------------------
+
+
+class _Crash(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("minutes", "restarts_from"), [(5, STEPS_PER_EPOCH), (0, 7)], ids=["epoch end", "mid-epoch"])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(finished, tmp_path, monkeypatch, minutes, restarts_from):
+    append = runs.append_metrics
+
+    def crash(path: Path, row: dict) -> None:
+        append(path, row)
+        if row["step"] == 8:
+            raise _Crash
+
+    with monkeypatch.context() as patched, pytest.raises(_Crash):
+        patched.setattr(runs, "append_metrics", crash)
+        train_in(tmp_path, **LOGGED, checkpoint_minutes=minutes)
+    assert runs.checkpoint_step(tmp_path) == restarts_from
+    net = train_in(tmp_path, **LOGGED)
+    assert_same_tensors(checkpoint_tensors(tmp_path), checkpoint_tensors(finished))
+    assert_same_tensors(net.state_dict(), localsim.load_run(finished).network().state_dict())
+    assert timeless(runs.read_metrics(tmp_path)) == timeless(runs.read_metrics(finished))
+    for name in ("optimizer.pt", "monitor.pt"):
+        here, there = (torch.load(newest(path) / name, weights_only=True) for path in (tmp_path, finished))
+        torch.testing.assert_close(here, there, rtol=0, atol=0)
+
+
+def test_only_the_newest_checkpoint_is_kept(tmp_path):
+    train_in(tmp_path, checkpoint_minutes=0, max_steps=3)
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["00000003"]
+
+
+_KILLED = """
+import os, pathlib, signal, sys, time, tiny
+from localsim import runs
+torch_save = runs.torch.save
+def hang(state, file):
+    if "00000008" in str(file):
+        print("saving", flush=True)
+        time.sleep(600)
+    torch_save(state, file)
+runs.torch.save = hang
+tiny.train_in(pathlib.Path(sys.argv[1]), log_every=2, checkpoint_minutes=0)
+"""
+
+
+def test_a_run_killed_while_it_writes_a_checkpoint_resumes_to_the_same_weights(finished, tmp_path):
+    with python(_KILLED, tmp_path) as process:
+        assert process.stdout is not None and process.stdout.readline() == "saving\n"
+        with pytest.raises(UserError, match="being written by another process"):
+            train_in(tmp_path, **LOGGED)
+        process.kill()
+        assert process.wait(60) == -signal.SIGKILL
+    assert (tmp_path / "checkpoints" / ".00000008.partial" / "trunk.safetensors").exists()
+    assert runs.checkpoint_step(tmp_path) == 7
+    localsim.run(out=tmp_path, resume=True, quiet=True)
+    assert_same_tensors(checkpoint_tensors(tmp_path), checkpoint_tensors(finished))
+    assert timeless(runs.read_metrics(tmp_path)) == timeless(runs.read_metrics(finished))
+    assert localsim.load_run(tmp_path).probe() == localsim.load_run(finished).probe()
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["00000010"]
+    starts = json.loads((tmp_path / "environment.json").read_text())
+    assert [start["resumed_from_step"] for start in starts] == [7]
+
+
+def test_resume_refuses_what_contradicts_the_run_and_takes_what_does_not_change_its_numbers(copy):
+    before = checkpoint_tensors(copy)
+    for setting, told in (
+        ({"lr": 0.5}, r"lr=0\.003, not 0\.5; resume it without --lr"),
+        ({"projector": [8, 9]}, r"projector=\[8, 8\], not \[8, 9\]"),
+        ({"rule": "end_to_end"}, "rule='blockwise', not 'end_to_end'"),
+        ({"preset": "cifar10"}, "preset='quick', not 'cifar10'"),
+        ({"log_every": 3}, "log_every=2, not 3; resume it without --log-every"),
+    ):
+        with pytest.raises(UserError, match=told):
+            localsim.run(out=copy, resume=True, quiet=True, **setting)
+    with pytest.raises(UserError, match="workers is -1"):
+        localsim.run(out=copy, resume=True, quiet=True, workers=-1)
+    again = localsim.run("blockwise", out=copy, resume=True, quiet=True, lr=0.003, checkpoint_minutes=1, max_steps=99)
+    assert again.config.checkpoint_minutes == 1 and again.config.max_steps == 99
+    assert_same_tensors(checkpoint_tensors(copy), before)
+    assert timeless(runs.read_metrics(copy))[-1]["step"] == 10
+
+
+def test_resume_refuses_a_setting_that_does_not_exist(copy):
+    with pytest.raises(UserError, match="unknown setting 'learning_rate'; allowed: .*lr, "):
+        localsim.run(out=copy, resume=True, quiet=True, learning_rate=0.1)
+
+
+def test_a_tuple_is_as_good_as_the_list_that_config_json_makes_of_it(tmp_path):
+    runs.start_run(tmp_path, tiny_config(projector=(8, 8)))
+    config = localsim.load_run(tmp_path).config
+    assert config == tiny_config(projector=(8, 8))
+    assert config.changed_by({"projector": (8, 8)}) == {}
+
+
+# -- one writer, nothing overwritten ----------------------------------------------------------------------------------
+
+
+def test_a_second_writer_is_refused_with_a_sentence_and_the_first_goes_on(tmp_path):
+    with runs.writing(tmp_path):
+        with pytest.raises(UserError, match="is being written by another process; wait for it, or choose another"):
+            with runs.writing(tmp_path):
+                pass
+        with pytest.raises(filelock.Timeout):
+            filelock.FileLock(tmp_path / "lock", timeout=0).acquire()
+    with runs.writing(tmp_path):
+        pass
+
+
+def test_the_lock_is_given_back_after_an_error(tmp_path):
+    with pytest.raises(_Crash), runs.writing(tmp_path):
+        raise _Crash
+    with runs.writing(tmp_path):
+        pass
+
+
+def test_a_finished_run_is_not_overwritten(copy):
+    before = {file: file.read_bytes() for file in copy.rglob("*") if file.is_file()}
+    with pytest.raises(UserError, match="already holds a run; continue it with --resume, or choose another --out"):
+        localsim.run(out=copy, quiet=True, **TINY)
+    with pytest.raises(UserError, match="already holds a run"):
+        runs.start_run(copy, tiny_config())
+    assert {file: file.read_bytes() for file in copy.rglob("*") if file.is_file()} == before
+
+
+# -- metrics ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_last_line_that_a_crash_cut_short_is_left_out(tmp_path):
+    runs.append_metrics(tmp_path, {"step": 1, "loss": {"stage1": 0.1}})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "loss": {"sta')
+    assert runs.read_metrics(tmp_path) == [{"step": 1, "loss": {"stage1": 0.1}}]
+    runs.forget_metrics_after(tmp_path, 5)
+    runs.append_metrics(tmp_path, {"step": 2})
+    assert [row["step"] for row in runs.read_metrics(tmp_path)] == [1, 2]
+
+
+def test_a_damaged_line_in_the_middle_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2 is not JSON: '\{\"st'"):
+        runs.read_metrics(tmp_path)
+
+
+def test_lines_after_a_step_are_forgotten_and_the_others_kept_to_the_last_digit(tmp_path):
+    rows = [{"step": step, "lr": step / 3, "loss": {"stage1": 0.1 + step}} for step in (10, 20, 30)]
+    for row in rows:
+        runs.append_metrics(tmp_path, row)
+    before = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    runs.forget_metrics_after(tmp_path, 20)
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == before[:2]
+    runs.forget_metrics_after(tmp_path, 0)
+    assert runs.read_metrics(tmp_path) == []
+
+
+def test_metrics_never_hold_a_number_that_json_has_not(tmp_path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        runs.append_metrics(tmp_path, {"step": 1, "lr": float("nan")})
+
+
+# -- damage -----------------------------------------------------------------------------------------------------------
+
+
+def _empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def _halve(file: Path) -> None:
+    data = file.read_bytes()
+    file.write_bytes(data[: len(data) // 2])
+
+
+def _scramble(file: Path) -> None:
+    file.write_bytes(bytes(byte ^ 0x5A for byte in file.read_bytes()))
+
+
+def _remove(file: Path) -> None:
+    file.unlink()
+
+
+DAMAGES = [_empty, _halve, _scramble, _remove]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["trunk.safetensors", "taps.safetensors"])
+def test_damaged_weights_are_named_in_one_sentence(copy, name, damage):
+    damage(newest(copy) / name)
+    with pytest.raises(UserError, match=rf"00000010/{name}.* cannot be read: .") as caught:
+        localsim.load_run(copy).network()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["optimizer.pt", "monitor.pt"])
+def test_a_damaged_training_state_is_named_in_one_sentence(copy, name, damage):
+    damage(newest(copy) / name)
+    localsim.load_run(copy).network()  # whose weights are whole
+    with pytest.raises(UserError, match=rf"00000010/{name} cannot be read: .") as caught:
+        runs.load_training_state(newest(copy), an_optimizer(localsim.load_run(copy).config))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "null", "[]", "3", '"run"', '{"rule": "blockwise"}', '{"rool": 1}'])
+def test_a_damaged_configuration_is_named_in_one_sentence(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config\.json (cannot be read|is not a configuration)") as caught:
+        localsim.load_run(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", [_halve, _scramble])
+def test_a_damaged_configuration_file_is_named(copy, damage):
+    damage(copy / "config.json")
+    with pytest.raises(UserError, match=r"config\.json cannot be read: ."):
+        localsim.run(out=copy, resume=True, quiet=True)
+
+
+def test_a_configuration_with_an_impossible_value_is_refused(copy):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "batch_size": "many"}))
+    with pytest.raises(UserError, match="batch_size is 'many'"):
+        localsim.load_run(copy)
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        ({"backbone": "resnet32"}, r"trunk\.safetensors: "),
+        ({"projector": [9, 8]}, r"taps\.safetensors holds the heads of another architecture: .*size mismatch"),
+        ({"rule": "layerwise"}, r"taps\.safetensors holds the heads of another architecture: "),
+    ],
+    ids=["trunk", "width", "number of taps"],
+)
+def test_a_checkpoint_of_another_architecture_is_refused(copy, tmp_path, other, told):
+    net = build_network(tiny_config(**other))
+    shutil.rmtree(copy / "checkpoints")
+    runs.save_checkpoint(copy, 10, net, None, {})
+    with pytest.raises(UserError, match=told) as caught:
+        localsim.load_run(copy).network()
+    assert "\n" not in str(caught.value)
+
+
+def test_the_state_of_another_optimiser_is_refused(copy):
+    config = dataclasses.replace(localsim.load_run(copy).config, optimizer="lars")
+    net = build_network(config)
+    other = make_optimizer("lars", list(net.parameters())[:3], lr=0.1, weight_decay=0)
+    torch.save(other.state_dict(), newest(copy) / "optimizer.pt")
+    with pytest.raises(UserError, match=r"optimizer\.pt is the state of another optimiser: "):
+        runs.load_training_state(newest(copy), an_optimizer(config))
+
+
+class _Bomb:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return Path.touch, (self.target,)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "monitor.pt", "trunk.safetensors", "taps.safetensors"])
+@pytest.mark.parametrize("write", [torch.save, lambda bomb, file: file.write_bytes(pickle.dumps(bomb))],
+                         ids=["torch.save", "pickle"])  # fmt: skip
+def test_loading_never_executes_code(copy, tmp_path, name, write):
+    target = tmp_path / "executed"
+    write(_Bomb(target), newest(copy) / name)
+    config = localsim.load_run(copy).config
+    with pytest.raises(UserError, match=f"{name}.* cannot be read: ."):
+        runs.load_weights(build_network(config), newest(copy))
+        runs.load_training_state(newest(copy), an_optimizer(config))
+    assert not target.exists()
+    pickle.loads(pickle.dumps(_Bomb(target)))
+    assert target.exists()  # the bomb is a live one
+
+
+# -- disk full --------------------------------------------------------------------------------------------------------
+
+
+def _no_space(*_arguments: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _no_space_in_rust(*_arguments: object) -> None:
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def _no_space_in_torch(*_arguments: object) -> None:
+    raise RuntimeError("[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed: No space left on device")
+
+
+FULL = {
+    "safetensors": (runs, "save_file", _no_space_in_rust),
+    "open": (runs, "save_file", _no_space),
+    "torch.save": (torch, "save", _no_space_in_torch),
+    "json": (runs, "write_json", _no_space),
+    "fsync": (os, "fsync", _no_space),
+}
+
+
+@pytest.mark.parametrize("where", FULL)
+def test_a_full_disk_keeps_the_older_checkpoint_and_leaves_nothing_half_written(tmp_path, monkeypatch, where):
+    net = build_network(tiny_config())
+    optimizer = make_optimizer("sgd", net.parameters(), lr=0.1, weight_decay=0)
+    older = runs.save_checkpoint(tmp_path, 5, net, optimizer, {})
+    before = {file.name: file.read_bytes() for file in older.iterdir()}
+    with monkeypatch.context() as patched:
+        patched.setattr(*FULL[where])
+        told = r"checkpoint after step 6 could not be written \(.*No space left.*\); .*00000005 is kept; make room"
+        with pytest.raises(UserError, match=told):
+            runs.save_checkpoint(tmp_path, 6, net, optimizer, {})
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["00000005"]
+    assert {file.name: file.read_bytes() for file in older.iterdir()} == before
+    runs.save_checkpoint(tmp_path, 6, net, optimizer, {})
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["00000006"]
+
+
+def test_a_disk_that_is_full_from_the_start_is_told_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", _no_space)
+    with pytest.raises(UserError, match=r"No space left on device\); there is none yet; make room"):
+        runs.save_checkpoint(tmp_path, 5, build_network(tiny_config()), None, {})
+
+
+def test_a_run_whose_disk_fills_up_can_be_continued(finished, tmp_path, monkeypatch):
+    save = runs.save_file
+
+    def filling(state: dict, file: Path) -> None:
+        if "00000007" in str(file):
+            _no_space()
+        save(state, file)
+
+    with monkeypatch.context() as patched, pytest.raises(UserError, match="00000006 is kept"):
+        patched.setattr(runs, "save_file", filling)
+        train_in(tmp_path, **LOGGED, checkpoint_minutes=0)
+    train_in(tmp_path, **LOGGED)
+    assert_same_tensors(checkpoint_tensors(tmp_path), checkpoint_tensors(finished))
+
+
+def test_configurations_survive_their_file(tmp_path):
+    config = tiny_config(objective_options={"lambda_": 0.01}, cuts="layer1.1,layer3.0", max_steps=3)
+    runs.start_run(tmp_path, config)
+    assert localsim.load_run(tmp_path).config == config
+    assert Config.from_json(config.to_json(), "here") == config

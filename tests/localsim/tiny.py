@@ -1,0 +1,89 @@
+"""Runs that end within a second: what the tests of training, run folders and experiments share."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from localsim import runs
+from localsim.config import Config
+from localsim.data import ViewLoader
+from localsim.experiment import _prepare
+from localsim.network import LocalNetwork
+from localsim.presets import resolve
+from localsim.train import train
+
+STEPS_PER_EPOCH = 5
+TINY: dict[str, Any] = {
+    "backbone": "resnet20",
+    "image_size": 16,
+    "expand_width": 8,
+    "projector": [8, 8],
+    "batch_size": 8,
+    "train_images": 8 * STEPS_PER_EPOCH,
+    "test_images": 40,
+    "epochs": 2,
+    "precision": "full",
+    "device": "cpu",
+    "log_every": 1,
+}
+
+
+def tiny_config(rule: str = "blockwise", **settings: Any) -> Config:
+    return resolve(rule, None, {**TINY, **settings})
+
+
+def tiny_loader(config: Config) -> ViewLoader:
+    return _prepare(config).loader
+
+
+def train_in(
+    path: Path, rule: str = "blockwise", *, alter: Callable[[LocalNetwork], None] | None = None, **settings: Any
+) -> LocalNetwork:
+    """Train in the run folder `path`, from its newest checkpoint or from the start, without probes and plots."""
+    config = tiny_config(rule, **settings)
+    prepared = _prepare(config)
+    net = prepared.net
+    if alter:
+        alter(net)
+    with runs.writing(path):
+        if not (path / "config.json").exists():
+            runs.start_run(path, config)
+        train(net, prepared.loader, config, path, num_classes=10, progress=False)
+    return net
+
+
+def checkpoint_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Return all weights and buffers of the newest checkpoint."""
+    folder = runs.newest_checkpoint(path)
+    assert folder is not None
+    files = ("trunk.safetensors", "taps.safetensors")
+    return {f"{file}: {name}": x for file in files for name, x in runs._load_tensors(folder / file).items()}
+
+
+def assert_same_tensors(here: dict[str, torch.Tensor], there: dict[str, torch.Tensor]) -> None:
+    """Assert equality bit for bit."""
+    assert here.keys() == there.keys()
+    assert [name for name, x in here.items() if not torch.equal(x, there[name])] == []
+
+
+def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows of metrics without what the clock decides."""
+    return [{name: value for name, value in row.items() if name != "images_per_second"} for row in rows]
+
+
+def python(code: str, *arguments: object) -> subprocess.Popen[str]:
+    """Start a process of its own, single-threaded, that can import this module."""
+    return subprocess.Popen(
+        [sys.executable, "-c", "import torch; torch.set_num_threads(1)\n" + code, *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )

@@ -1,0 +1,62 @@
+"""What the documents tell a reader to type must work as it stands there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from localsim.credit import Credit
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = (
+    'backbone="resnet20", image_size=16, projector=[8, 8], expand_width=8, train_images=32, test_images=20, '
+    'batch_size=8, epochs=1, warmup_epochs=0, precision="full", quiet=True'
+)
+
+
+def blocks(file: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / file).read_text(), flags=re.S)
+
+
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+    """With a tiny network in place of the five-minute run: everything else is executed as printed."""
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks("README.md", "python")
+    said = 'localsim.run("blockwise", granularity=4, preset="quick", out="runs/first")'
+    assert said in code
+    names: dict = {}
+    exec(code.replace(said, f'localsim.run("blockwise", granularity=3, preset="quick", out="runs/first", {TINY})'), names)
+    assert "linear probe, raw features" in capsys.readouterr().out
+    net = names["net"]
+    assert set(names["losses"]) == {0, 1, 2}
+    assert net.credit == Credit.overlapping(4)
+    assert all(p.grad is not None for p in net.parameters())
+
+
+def test_the_rule_of_the_contributing_guide_is_a_rule():
+    (code,) = blocks("CONTRIBUTING.md", "python")
+    names: dict = {}
+    exec(code, names)
+    assert names["RULE"].credit(4) == Credit.chunked(4, 2)
+
+
+def test_the_readme_names_only_what_exists():
+    text = (ROOT / "README.md").read_text()
+    linked = re.findall(r"\]\((?!http)([^)#]+)\)", text)
+    assert len(linked) >= 9
+    for target in linked:
+        assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("file", ["README.md", "docs/paper.md", "docs/results.md", "CONTRIBUTING.md"])
+def test_every_localsim_command_in_the_documents_parses(file):
+    from localsim.cli import make_parser
+
+    text = (ROOT / file).read_text()
+    lines = [line for block in blocks(file, "bash") for line in block.splitlines()]
+    lines += re.findall(r"`(localsim [^`\n]+)`", text)
+    commands = [part.strip() for line in lines for part in line.split("&&") if part.strip().startswith("localsim ")]
+    for command in commands:
+        words = [word for word in command.split("#")[0].split()[1:] if word != "..."]
+        if "--help" not in words:
+            make_parser().parse_args(words)
