@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from localsim.data import Batch
 from localsim.network import LocalNetwork
+from localsim.rng import keyed
 
 RAW, READOUT = "raw", "readout"
 
@@ -39,6 +41,33 @@ def batch_features(net: LocalNetwork, images: Tensor, *, precision: str = "full"
                 if tap.stage == stage:
                     features.setdefault((stage, READOUT), tap.readout(h).float())
     return features
+
+
+def calibrated(net: LocalNetwork, batches: Iterable[Batch], *, seed: int = 0) -> LocalNetwork:
+    """Return a copy whose batch-norm statistics are those of the given images; no weight is changed.
+
+    An untrained network in evaluation mode normalises by placeholders (mean 0, variance 1), a trained one by what it
+    measured. The copy is the fairer control: what it scores above the untrained network is owed to those statistics,
+    not to learning. Statistics are averaged over the batches with equal weight, in training mode, noise included.
+
+    Args:
+        net: any network; it stays as it is.
+        batches: images as in training; their first view is used.
+        seed: of the noise.
+    """
+    twin = copy.deepcopy(net).train()
+    for module in twin.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.reset_running_stats()
+            module.momentum = None
+    with torch.no_grad():
+        for number, batch in enumerate(batches):
+            with keyed(seed, "calibrate", number, device=net.device):
+                for stage, h in enumerate(twin.stage_outputs(batch.views[0])):
+                    for tap in twin.taps:
+                        if tap.stage == stage:
+                            tap.readout(h)
+    return twin.eval()
 
 
 def stream_features(

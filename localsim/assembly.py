@@ -7,6 +7,7 @@ from typing import Any
 from localsim.backbones import Backbone, build_backbone, unit_shapes
 from localsim.config import Config
 from localsim.credit import Credit
+from localsim.errors import UserError
 from localsim.network import LocalNetwork, Stage, Tap
 from localsim.partition import Stages, partition
 from localsim.presets import resolve
@@ -72,6 +73,9 @@ def build_trunk(config: Config) -> tuple[Backbone, Stages]:
 def build_credit(config: Config, num_stages: int) -> Credit:
     """Return the credit matrix: an explicit one, or the rule's, or the rule's taps with another reach."""
     if config.credit is not None:
-        return Credit.from_config(config.credit)
+        own = Credit.from_config(config.credit)
+        if own.num_stages != num_stages:
+            raise UserError(f"the credit matrix has {own.num_stages} stages but the network has {num_stages}")
+        return own
     credit = get_rule(config.rule).credit(num_stages)
     return credit if config.reach is None else Credit.banded(num_stages, config.reach, credit.taps)

@@ -122,14 +122,16 @@ class Config:
         for name in overrides:
             if name not in self.names():
                 raise one_of("setting", name, self.names())
-        free = {f.name for f in dataclasses.fields(self) if f.metadata.get("free")}
         other = dataclasses.replace(self, **overrides)
         return {
             name: (getattr(self, name), getattr(other, name))
             for name in overrides
-            if name not in free and getattr(self, name) != getattr(other, name)
+            if name not in FREE and getattr(self, name) != getattr(other, name)
         }
 
+
+FREE = tuple(f.name for f in dataclasses.fields(Config) if f.metadata.get("free"))
+"""Fields that do not change a run's numbers."""
 
 _AT_LEAST = {
     "expand_width": 1,

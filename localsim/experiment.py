@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,14 +14,16 @@ import torch
 
 from localsim import runs
 from localsim.assembly import build_credit, build_network, build_trunk
-from localsim.config import Config
+from localsim.config import FREE, Config
 from localsim.credit import Credit
 from localsim.data import AUGMENTATIONS, Batch, Data, ViewLoader, load_data
 from localsim.errors import UserError, one_of
 from localsim.files import write_json, write_text
 from localsim.network import LocalNetwork
 from localsim.partition import cut_table, format_cut_table
-from localsim.presets import resolve
+from localsim.presets import PRESETS, resolve
+from localsim.rng import key
+from localsim.rules import get_rule
 from localsim.runs import Run
 from localsim.train import Schedule, StepCost, rehearse, train
 
@@ -42,7 +45,8 @@ def run(
     Args:
         rule: a name from `localsim.rules.rules`; `blockwise` if not given.
         preset: a name from `localsim.presets.PRESETS`; without one, that of the data set, `quick` for no data set.
-        out: the run folder; by default `runs/` and a name made of rule, cut, preset and seed.
+        out: the run folder; by default `runs/` and a name made of rule, cut, preset and seed, and of a code for all
+            else that differs from the preset.
         resume: continue the run in the folder from its newest checkpoint. Its configuration is kept; settings given
             again must agree with it.
         credit: a matrix of your own in place of the rule's.
@@ -105,7 +109,9 @@ def _prepare(config: Config) -> _Prepared:
         workers=config.workers,
         device=device,
     )
-    Schedule.of(config, loader.steps_per_epoch).rate(0)
+    schedule = Schedule.of(config, loader.steps_per_epoch)
+    schedule.rate(0)
+    schedule.optimizer(net, config)
     return _Prepared(data, net, loader, next(iter(loader.epoch(0))))
 
 
@@ -130,6 +136,7 @@ def _carry_out(opened: Run, prepared: _Prepared, say: Say, *, progress: bool) ->
     write_text(path / "plan.txt", plan + "\n")
     say(plan + f"\n\nrun folder: {path}\n")
     _contact_sheet(path, data, prepared.first)
+    _credit_figure(path, net)
     if learns:
         train(net, loader, config, path, num_classes=len(data.classes), progress=progress)
         _loss_plot(path)
@@ -270,7 +277,20 @@ def _default_folder(config: Config) -> Path:
         parts.append(config.cuts.replace(",", "+"))
     if config.reach is not None:
         parts.append(f"r{config.reach}")
-    return Path("runs") / "-".join([*parts, config.preset, f"s{config.seed}"])
+    parts += [config.preset, f"s{config.seed}"]
+    rule = get_rule(config.rule)
+    usual = {
+        **{field.name: field.default for field in dataclasses.fields(config)},
+        "objective": rule.objective,
+        "readout": rule.readout,
+        "noise": str(rule.noise),
+        **PRESETS[config.preset],
+    }
+    named = ("rule", "preset", "granularity", "cuts", "reach", "seed")
+    others = {n: value for n, value in config.to_json().items() if n not in (*named, *FREE) and value != usual[n]}
+    if others:
+        parts.append(f"{key(json.dumps(others, sort_keys=True)) % 16**6:06x}")
+    return Path("runs") / "-".join(parts)
 
 
 def _device(name: str) -> torch.device:
@@ -295,6 +315,13 @@ def _contact_sheet(path: Path, data: Data, batch: Batch) -> None:
     pictures = [(x[: len(shown)].cpu() * std + mean).clamp(0, 1) for x in (originals.views[0], *batch.views)]
     labels = None if batch.labels is None else [data.classes[int(label)] for label in batch.labels[: len(shown)]]
     plots.save(plots.contact_sheet(pictures[0], pictures[1:], labels), path / "figures" / "views.png")
+
+
+def _credit_figure(path: Path, net: LocalNetwork) -> None:
+    from localsim.analysis import plots
+
+    names = [stage.name for stage in net.stages] if len(net.stages) <= 6 else None
+    plots.save(net.credit.draw(names, f"{net.credit.num_taps} losses, who may change whom"), path / "figures" / "credit.png")
 
 
 def _loss_plot(path: Path) -> None:

@@ -38,7 +38,10 @@ def keyed(*parts: Part, device: torch.device | str = "cpu") -> Iterator[None]:
     device = torch.device(device)
     devices = [device.index or 0] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(key(*parts))
+        # not torch.manual_seed: that would reseed every other device too, and leave it so
+        torch.default_generator.manual_seed(key(*parts))
+        for index in devices:
+            torch.cuda.default_generators[index].manual_seed(key(*parts))
         yield
 
 

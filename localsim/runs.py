@@ -9,6 +9,7 @@
 | `checkpoints/00000350/` | after 350 steps: `trunk.safetensors` (torchvision's names), `taps.safetensors` (readouts and heads), `optimizer.pt`, `monitor.pt`, `progress.json` |
 | `probe.json`, `probe.csv` | accuracy of every stage, with intervals and settings |
 | `figures/` | plots |
+| `tensorboard/` | the same metrics, where TensorBoard is installed |
 | `lock` | held by the one process that writes |
 
 Every file is written whole or not at all; a checkpoint folder appears under its name only when it is complete.
@@ -211,10 +212,12 @@ def save_checkpoint(
                 os.fsync(handle.fileno())
         partial.rename(final)
     except (OSError, RuntimeError, SafetensorError) as error:
+        # torch reports a full disk as an internal error of its archive
+        cause = "No space left on device" if shutil.disk_usage(root).free < 2**20 else _cause(error)
         shutil.rmtree(partial, ignore_errors=True)
         kept = newest_checkpoint(path)
         raise UserError(
-            f"the checkpoint after step {step} could not be written ({_cause(error)}); "
+            f"the checkpoint after step {step} could not be written ({cause}); "
             + (f"{kept} is kept" if kept else "there is none yet")
             + "; make room and continue with --resume"
         ) from error

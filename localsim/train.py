@@ -17,6 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from localsim import engine, runs
+from localsim.board import open_board
 from localsim.config import Config
 from localsim.data import Batch, ViewLoader
 from localsim.errors import Interrupted, TrainingFailed
@@ -52,9 +53,7 @@ def train(
     """
     schedule = Schedule.of(config, loader.steps_per_epoch)
     monitor = Monitor(net, num_classes)
-    optimizer = make_optimizer(
-        config.optimizer, net.parameters(), lr=schedule.peak, weight_decay=config.weight_decay, momentum=config.momentum
-    )
+    optimizer = schedule.optimizer(net, config)
     step = _restore(path, net, optimizer, monitor)
 
     def apply(_parameters: list[nn.Parameter]) -> None:
@@ -63,6 +62,7 @@ def train(
         optimizer.zero_grad(set_to_none=True)
 
     hooks = engine.Hooks(on_stage=monitor.on_stage, on_tap=monitor.on_tap, on_final=apply)
+    show_on_board = open_board(path, step)
     net.train()
     saved_at = logged_at = time.monotonic()
     images_since_log = 0
@@ -94,6 +94,7 @@ def train(
                         "held_bytes": held.peak if held else 0,
                     }
                     runs.append_metrics(path, row)
+                    show_on_board(row)
                     bar.show(row)
                     logged_at, images_since_log = time.monotonic(), 0
                 bar.advance(step)
@@ -129,6 +130,12 @@ class Schedule:
             total_steps=total,
             last_step=min(total, config.max_steps or total),
             final_factor=config.final_lr_factor,
+        )
+
+    def optimizer(self, net: LocalNetwork, config: Config) -> torch.optim.Optimizer:
+        """Return the optimiser of a network; UserError if the configuration means none."""
+        return make_optimizer(
+            config.optimizer, net.parameters(), lr=self.peak, weight_decay=config.weight_decay, momentum=config.momentum
         )
 
     def rate(self, step: int) -> float:

@@ -10,5 +10,6 @@ RULE = Rule(
     credit=Credit.end_to_end,
     meaningless={
         "reach": "its one loss always reaches every stage; use --rule blockwise --reach N",
+        "credit": "its one loss always reaches every stage; give the matrix to rule blockwise",
     },
 )

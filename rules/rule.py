@@ -40,4 +40,5 @@ class Rule:
         """Raise UserError if one of the given options has no meaning for this rule; None counts as not given."""
         for option, reason in self.meaningless.items():
             if options.get(option) is not None:
-                raise UserError(f"--{option} {options[option]} has no meaning for rule {self.name}: {reason}")
+                flag = f"--{option.replace('_', '-')}"
+                raise UserError(f"{flag} {options[option]} has no meaning for rule {self.name}: {reason}")

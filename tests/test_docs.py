@@ -25,7 +25,9 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     said = 'localsim.run("blockwise", granularity=4, preset="quick", out="runs/first")'
     assert said in code
     names: dict = {}
-    exec(code.replace(said, f'localsim.run("blockwise", granularity=3, preset="quick", out="runs/first", {TINY})'), names)
+    exec(
+        code.replace(said, f'localsim.run("blockwise", granularity=3, preset="quick", out="runs/first", {TINY})'), names
+    )
     assert "linear probe, raw features" in capsys.readouterr().out
     net = names["net"]
     assert set(names["losses"]) == {0, 1, 2}

@@ -61,7 +61,7 @@ class BarlowTwins:
         """Return the expected loss of two unrelated views: where "learns nothing" lies.
 
         Then C_ij is the correlation coefficient of n unrelated pairs, with E[C_ij] = 0 and E[C_ij^2] = 1 / (n - 1)
-        (eps neglected), so L = scale * (d (1 + 1 / (n - 1)) + lambda d (d - 1) / (n - 1)). `batch_size` n is at least 2.
+        (eps neglected), so L = scale * (d (1 + 1 / (n - 1)) + lambda d (d - 1) / (n - 1)); n is 2 or more.
         """
         d, freedom = num_dimensions, batch_size - 1
         return self.scale * (d * (1 + 1 / freedom) + self.lambda_ * d * (d - 1) / freedom)

@@ -14,7 +14,9 @@ FLAGS = {
 
 
 def subparsers():
-    (actions,) = [action for action in make_parser()._actions if action.dest == "help" or hasattr(action, "choices")][1:]
+    (actions,) = [action for action in make_parser()._actions if action.dest == "help" or hasattr(action, "choices")][
+        1:
+    ]
     return actions.choices
 
 

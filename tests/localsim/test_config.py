@@ -180,6 +180,13 @@ def test_choices(name, allowed):
     assert sentence(**{name: "some"}) == f"{name} is 'some'; allowed: {allowed}"
 
 
+@pytest.mark.parametrize("widths", [[], [8, 0], [8, 2.0], "8", 8])
+def test_projector_widths(widths):
+    expected = f"projector is {widths!r}; allowed: a list of whole numbers above 0, e.g. [256, 256]"
+    assert sentence(projector=widths) == expected
+    assert resolved(projector=(8, 4)) == resolved(projector=[8, 4])
+
+
 def test_what_does_not_exist_is_named():
     assert sentence(batchsize=4).startswith("unknown setting 'batchsize'; allowed: rule, preset, granularity, ")
     assert sentence(preset="slow") == f"unknown preset 'slow'; allowed: {', '.join(PRESETS)}"
@@ -250,3 +257,6 @@ def test_changes_that_decide_the_numbers():
     free = {"max_steps": 3, "device": "cuda", "workers": 5, "checkpoint_minutes": 0.5}
     assert config.changed_by(free) == {}
     assert config.changed_by({**free, "log_every": 3}) == {"log_every": (10, 3)}
+    assert config.changed_by({"projector": tuple(config.projector)}) == {}
+    with pytest.raises(UserError, match="unknown setting 'colour'; allowed: rule, "):
+        config.changed_by({"colour": "red"})

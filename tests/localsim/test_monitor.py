@@ -155,7 +155,8 @@ def test_a_loss_that_is_no_number_names_its_tap(value, checking):
 
 
 def test_several_taps_on_one_stage_are_numbered():
-    assert tap_names(small_net(Credit([[1, 0], [0, 1], [1, 1]], (0, 1, 1)))) == ["stage1", "stage2.1", "stage2.2"]
+    credit = Credit(np.array([[1, 0], [0, 1], [1, 1]]), (0, 1, 1))
+    assert tap_names(small_net(credit)) == ["stage1", "stage2.1", "stage2.2"]
 
 
 # -- lines of metrics -------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import STEPS_PER_EPOCH, assert_same_tensors, checkpoint_tensors, python, tiny_config, tiny_loader, timeless
+from tiny import STEPS_PER_EPOCH, assert_same_tensors, checkpoint_tensors, python, timeless, tiny_config, tiny_loader
 from tiny import train_in as train_tiny
 from torch import Tensor, nn
 
