@@ -18,6 +18,8 @@ from localsim.errors import UserError, one_of
 from localsim.network import LocalNetwork
 
 PROTOCOLS = ("logistic", "paper")
+CONTROLS = ("untrained", "calibrated")
+"""Networks that have learned nothing: as initialised, and with batch-norm statistics taken from images."""
 BATCH = 256
 KNN_BANK = 50_000
 """Training images that the k-NN probe of the `paper` protocol keeps: all of ImageNet's features would take 60 GB."""
@@ -28,7 +30,7 @@ class ProbeRow:
     """The accuracy of one probe on one stage of one network.
 
     Attributes:
-        network: the rule's name, or `untrained`.
+        network: the rule's name, `untrained` or `calibrated`.
         stage: its number, from 1.
         features: `raw` (the stage's map, averaged over positions) or `readout` (what its tap reads).
         probe: `linear` or `knn`.
@@ -67,9 +69,9 @@ class ProbeTable:
 
     @property
     def networks(self) -> list[str]:
-        """The networks in the table, `untrained` first."""
+        """The networks in the table, the controls first."""
         names = list(dict.fromkeys(row.network for row in self.rows))
-        return sorted(names, key=lambda name: name != "untrained")
+        return [*(name for name in CONTROLS if name in names), *(name for name in names if name not in CONTROLS)]
 
     def to_json(self) -> list[dict[str, Any]]:
         """Return the rows as plain dictionaries."""
@@ -93,14 +95,17 @@ class ProbeTable:
         kinds = list(dict.fromkeys((row.probe, row.features) for row in self.rows))
         n_test, chance = self.rows[0].n_test, self.rows[0].chance
         blocks = [f"accuracy on {n_test} test images, 95 % interval over images; chance {chance:.3f}"]
+        if "calibrated" in self.networks:
+            blocks[0] += "\ncalibrated: untrained weights with the batch-norm statistics of training images"
         for probe, features in kinds:
             rows = self.select(probe=probe, features=features)
-            others = [name for name in self.networks if name != "untrained"]
-            heads = ["untrained", *(head for name in others for head in (name, "gain"))]
+            others = [name for name in self.networks if name not in CONTROLS]
+            controls = [name for name in self.networks if name in CONTROLS]
+            heads = [*controls, *(head for name in others for head in (name, "gain over untrained"))]
             lines = [f"{probe} probe, {features} features", "  stage  " + "".join(f"{head:<24}" for head in heads)]
             for stage in sorted({row.stage for row in rows}):
                 found = {row.network: row for row in rows if row.stage == stage}
-                cells = [_cell(found.get("untrained"))]
+                cells = [_cell(found.get(name)) for name in controls]
                 cells += [cell for name in others for cell in (_cell(found.get(name)), _gain_cell(found.get(name)))]
                 lines.append(f"  {stage:>5}  " + "".join(f"{cell:<24}" for cell in cells))
             blocks.append("\n".join(line.rstrip() for line in lines))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -28,6 +29,9 @@ from localsim.runs import Run
 from localsim.train import Schedule, StepCost, rehearse, train
 
 Say = Callable[[str], None]
+
+CALIBRATION_BATCHES = 32
+"""Batches from which the calibrated control takes its batch-norm statistics, as many as momentum 0.1 remembers."""
 
 
 def run(
@@ -96,9 +100,17 @@ def _prepare(config: Config) -> _Prepared:
     if config.channels_last:
         net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     data = _data(config)
+    loader = _loader(config, data, device)
+    schedule = Schedule.of(config, loader.steps_per_epoch)
+    schedule.rate(0)
+    schedule.optimizer(net, config)
+    return _Prepared(data, net, loader, next(iter(loader.epoch(0))))
+
+
+def _loader(config: Config, data: Data, device: torch.device) -> ViewLoader:
     if config.augmentation not in AUGMENTATIONS:
         raise one_of("augmentation", config.augmentation, AUGMENTATIONS)
-    loader = ViewLoader(
+    return ViewLoader(
         data.train,
         AUGMENTATIONS[config.augmentation],
         size=config.image_size,
@@ -109,10 +121,6 @@ def _prepare(config: Config) -> _Prepared:
         workers=config.workers,
         device=device,
     )
-    schedule = Schedule.of(config, loader.steps_per_epoch)
-    schedule.rate(0)
-    schedule.optimizer(net, config)
-    return _Prepared(data, net, loader, next(iter(loader.epoch(0))))
 
 
 def _data(config: Config) -> Data:
@@ -164,7 +172,10 @@ def probe_run(
     epochs: int = 100,
     report: str = "last",
 ) -> Any:
-    """Probe a run and its untrained twin, store the table and the plot in its folder, and return the table.
+    """Probe a run beside two controls, store the table and the plot in its folder, and return the table.
+
+    The controls are the untrained network of the same seed, and `calibrated`: the same with the batch-norm statistics
+    of training images, which a trained network has and an untrained one lacks (see `features.calibrated`).
 
     Args:
         opened: a run with a checkpoint.
@@ -178,12 +189,17 @@ def probe_run(
         A `localsim.analysis.stage_probe.ProbeTable`.
     """
     from localsim.analysis import plots
+    from localsim.analysis.features import calibrated
     from localsim.analysis.stage_probe import probe_networks
 
     config = opened.config
     data = _data(config) if data is None else data
     device = trained.device if trained is not None else _device(config.device)
-    networks = {"untrained": opened.network("untrained").to(device)}
+    untrained = opened.network("untrained").to(device)
+    networks = {"untrained": untrained}
+    if any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in untrained.modules()):
+        views = itertools.islice(_loader(config, data, device).epoch(0), CALIBRATION_BATCHES)
+        networks["calibrated"] = calibrated(untrained, views, seed=config.seed)
     if config.rule != "untrained":
         networks[config.rule] = (opened.network() if trained is None else trained).to(device)
     table = probe_networks(
@@ -321,7 +337,9 @@ def _credit_figure(path: Path, net: LocalNetwork) -> None:
     from localsim.analysis import plots
 
     names = [stage.name for stage in net.stages] if len(net.stages) <= 6 else None
-    plots.save(net.credit.draw(names, f"{net.credit.num_taps} losses, who may change whom"), path / "figures" / "credit.png")
+    plots.save(
+        net.credit.draw(names, f"{net.credit.num_taps} losses, who may change whom"), path / "figures" / "credit.png"
+    )
 
 
 def _loss_plot(path: Path) -> None:

@@ -17,6 +17,7 @@ from localsim.data import ViewLoader
 from localsim.experiment import _prepare
 from localsim.network import LocalNetwork
 from localsim.presets import resolve
+from localsim.rules import get_rule
 from localsim.train import train
 
 STEPS_PER_EPOCH = 5
@@ -35,8 +36,13 @@ TINY: dict[str, Any] = {
 }
 
 
+def tiny_settings(rule: str) -> dict[str, Any]:
+    """Return the settings that have a meaning for the rule."""
+    return {name: value for name, value in TINY.items() if name not in get_rule(rule).meaningless}
+
+
 def tiny_config(rule: str = "blockwise", **settings: Any) -> Config:
-    return resolve(rule, None, {**TINY, **settings})
+    return resolve(rule, None, {**tiny_settings(rule), **settings})
 
 
 def tiny_loader(config: Config) -> ViewLoader:
