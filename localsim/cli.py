@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return command(arguments)
     except KeyboardInterrupt as stopped:
-        kept = "a checkpoint is kept, continue with --resume" if isinstance(stopped, Interrupted) else "by Ctrl-C"
+        kept = "continue with --resume" if isinstance(stopped, Interrupted) else "by Ctrl-C"
         print(f"localsim: stopped; {kept}", file=sys.stderr)
         return 130
     except UserError as error:

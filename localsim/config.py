@@ -87,6 +87,8 @@ class Config:
         if not (isinstance(widths, list | tuple) and all(isinstance(w, int) and w >= 1 for w in widths) and widths):
             raise UserError(f"projector is {widths!r}; allowed: a list of whole numbers above 0, e.g. [256, 256]")
         object.__setattr__(self, "projector", list(widths))  # a tuple would differ from what config.json gives back
+        if self.warmup_epochs >= self.epochs:
+            raise UserError(f"warmup_epochs is {self.warmup_epochs:g}, which must be below epochs ({self.epochs})")
         if self.reach is not None and self.credit is not None:
             raise UserError("reach and an explicit credit matrix contradict each other; give one of them")
 

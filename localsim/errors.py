@@ -17,7 +17,7 @@ class TrainingFailed(UserError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM while training: the step was finished and a checkpoint written."""
+    """Ctrl-C or SIGTERM while training: the step was finished and, unless a tap may be collapsing, kept."""
 
 
 def one_of(what: str, value: object, allowed: Iterable[object]) -> UserError:

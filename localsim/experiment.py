@@ -14,19 +14,19 @@ from typing import Any
 import torch
 
 from localsim import runs
-from localsim.assembly import build_credit, build_network, build_trunk
+from localsim.assembly import build_network
 from localsim.config import FREE, Config
 from localsim.credit import Credit
 from localsim.data import AUGMENTATIONS, Batch, Data, ViewLoader, load_data
 from localsim.errors import UserError, one_of
 from localsim.files import write_json, write_text
 from localsim.network import LocalNetwork
-from localsim.partition import cut_table, format_cut_table
+from localsim.plan import describe, save_credit, save_losses, save_views
 from localsim.presets import PRESETS, resolve
 from localsim.rng import key
 from localsim.rules import get_rule
 from localsim.runs import Run
-from localsim.train import Schedule, StepCost, rehearse, train
+from localsim.train import Schedule, rehearse, train
 
 Say = Callable[[str], None]
 
@@ -76,7 +76,7 @@ def run(
         opened = Run(Path(out) if out is not None else _default_folder(config), config)
         runs.refuse_existing(opened.path)
     # all that can be wrong with a configuration shows here, before a folder is made
-    prepared = _prepare(opened.config)
+    prepared = prepare(opened.config)
     with runs.writing(opened.path):
         if not resume:
             runs.start_run(opened.path, opened.config)
@@ -85,7 +85,7 @@ def run(
 
 
 @dataclass(frozen=True)
-class _Prepared:
+class Prepared:
     """What a configuration means on this machine: images in reach, a network on its device."""
 
     data: Data
@@ -94,17 +94,24 @@ class _Prepared:
     first: Batch
 
 
-def _prepare(config: Config) -> _Prepared:
+def prepare(config: Config) -> Prepared:
+    """Build the network and open the images of a configuration, so that whatever is wrong with it shows here."""
+    from localsim.analysis.probes import MIN_TEST_IMAGES
+
     device = _device(config.device)
     net = build_network(config).to(device)
     if config.channels_last:
         net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     data = _data(config)
     loader = _loader(config, data, device)
-    schedule = Schedule.of(config, loader.steps_per_epoch)
-    schedule.rate(0)
-    schedule.optimizer(net, config)
-    return _Prepared(data, net, loader, next(iter(loader.epoch(0))))
+    if len(net.taps):
+        Schedule.of(config, loader.steps_per_epoch).optimizer(net, config)
+    if data.test is not None and len(data.test) < MIN_TEST_IMAGES and config.probe_protocol != "none":
+        raise UserError(
+            f"{data.name!r} has {len(data.test)} test images; a probe needs {MIN_TEST_IMAGES} or more "
+            "(--set probe_protocol=none trains without one)"
+        )
+    return Prepared(data, net, loader, next(iter(loader.epoch(0))))
 
 
 def _loader(config: Config, data: Data, device: torch.device) -> ViewLoader:
@@ -133,7 +140,7 @@ def _data(config: Config) -> Data:
     )
 
 
-def _carry_out(opened: Run, prepared: _Prepared, say: Say, *, progress: bool) -> None:
+def _carry_out(opened: Run, prepared: Prepared, say: Say, *, progress: bool) -> None:
     path, config = opened.path, opened.config
     data, net, loader = prepared.data, prepared.net, prepared.loader
     began = time.monotonic()
@@ -143,11 +150,11 @@ def _carry_out(opened: Run, prepared: _Prepared, say: Say, *, progress: bool) ->
     plan = describe(config, net, data, loader, cost)
     write_text(path / "plan.txt", plan + "\n")
     say(plan + f"\n\nrun folder: {path}\n")
-    _contact_sheet(path, data, prepared.first)
-    _credit_figure(path, net)
+    save_views(path, data, prepared.first)
+    save_credit(path, net)
     if learns:
         train(net, loader, config, path, num_classes=len(data.classes), progress=progress)
-        _loss_plot(path)
+        save_losses(path)
         say(f"trained {runs.checkpoint_step(path)} steps in {(time.monotonic() - began) / 60:.1f} min\n")
     num_skipped = loader.num_skipped + data.num_skipped
     if num_skipped:
@@ -200,7 +207,7 @@ def probe_run(
     if any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in untrained.modules()):
         views = itertools.islice(_loader(config, data, device).epoch(0), CALIBRATION_BATCHES)
         networks["calibrated"] = calibrated(untrained, views, seed=config.seed)
-    if config.rule != "untrained":
+    if len(untrained.taps):
         networks[config.rule] = (opened.network() if trained is None else trained).to(device)
     table = probe_networks(
         networks,
@@ -228,47 +235,6 @@ def probe_run(
     return table
 
 
-def describe(config: Config, net: LocalNetwork, data: Data, loader: ViewLoader, cost: StepCost | None) -> str:
-    """Return what a run will do: cuts, credit, taps, data, cost, and what a normal loss looks like."""
-    backbone, stages = build_trunk(config)
-    paths = [net.credit.path_to(stage, net.units_per_stage) for stage in range(len(net.stages))]
-    lines = [
-        f"rule {config.rule} on {config.backbone} (stem {config.stem}, {config.image_size} px), "
-        f"preset {config.preset}, seed {config.seed}",
-        "",
-        format_cut_table(cut_table(backbone, stages, config.image_size), paths),
-        "",
-        str(build_credit(config, len(stages))),
-        f"longest gradient path: {net.credit.longest_path(net.units_per_stage)} of {len(net.units)} unit blocks",
-        "",
-    ]
-    tests = "no labels, no probe" if data.test is None else f"{len(data.test)} test images, {len(data.classes)} classes"
-    lines.append(f"data: {data.name}, {len(data.train)} training images, {tests}")
-    if cost is None:
-        return "\n".join([*lines, "nothing is trained: the untrained network is probed"])
-    schedule = Schedule.of(config, loader.steps_per_epoch)
-    trunk = sum(p.numel() for stage in net.stages for p in stage.parameters())
-    heads = sum(p.numel() for p in net.taps.parameters())
-    lines += [
-        f"every tap: readout {config.readout}, projector {'-'.join(map(str, config.projector))}, "
-        f"objective {config.objective}; noise {config.noise}",
-        f"training: {config.epochs} epochs, {schedule.last_step} steps of {config.batch_size} images x "
-        f"{loader.num_views} views, {config.optimizer}, peak learning rate {schedule.peak:g}, "
-        f"{config.precision} precision on {net.device}",
-        f"parameters: trunk {trunk:,}, readouts and heads {heads:,}",
-        f"measured cost: {cost.seconds:.2f} s per step, {cost.held_bytes / 2**20:.0f} MiB of activations held at the "
-        f"peak; about {schedule.last_step * cost.seconds / 60:.1f} min of training",
-    ]
-    tap = net.taps[0] if len(net.taps) else None
-    if tap is not None:
-        chance = tap.objective.chance_level(config.projector[-1], config.batch_size)  # type: ignore[union-attr]
-        lines.append(
-            f"a normal loss: {chance:.3g} is what unrelated views would give; every tap should fall clearly below it "
-            "within the first epochs, and deeper taps usually lower; a tap that stays there learns nothing"
-        )
-    return "\n".join(lines)
-
-
 def _reopen(rule: str | None, preset: str | None, out: str | Path | None, settings: dict[str, Any]) -> Run:
     if out is None:
         out = _default_folder(resolve(rule or "blockwise", preset, settings))
@@ -281,7 +247,8 @@ def _reopen(rule: str | None, preset: str | None, out: str | Path | None, settin
             f"{out} was started with {name}={there!r}, not {here!r}; resume it without --{name.replace('_', '-')}, "
             "or start another run with another --out"
         )
-    free = {name: value for name, value in settings.items() if getattr(opened.config, name) != value}
+    # a limit holds for the call that names it: without one, a resumed run goes on to its end
+    free = {"max_steps": None, **{name: value for name, value in settings.items() if name in FREE}}
     return Run(opened.path, dataclasses.replace(opened.config, **free))
 
 
@@ -318,31 +285,3 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name!r} is not available ({str(error).splitlines()[0]}); allowed: auto, cpu, cuda, cuda:N") from None  # fmt: skip  # noqa: E501
     return device
-
-
-def _contact_sheet(path: Path, data: Data, batch: Batch) -> None:
-    from localsim.analysis import plots
-    from localsim.data import plain_batches
-
-    shown = batch.indices[:8]
-    size = batch.views[0].shape[-1]
-    originals = next(plain_batches(data.train.subset(shown), size=size, batch_size=8, mean=data.mean, std=data.std))
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (data.mean, data.std))
-    pictures = [(x[: len(shown)].cpu() * std + mean).clamp(0, 1) for x in (originals.views[0], *batch.views)]
-    labels = None if batch.labels is None else [data.classes[int(label)] for label in batch.labels[: len(shown)]]
-    plots.save(plots.contact_sheet(pictures[0], pictures[1:], labels), path / "figures" / "views.png")
-
-
-def _credit_figure(path: Path, net: LocalNetwork) -> None:
-    from localsim.analysis import plots
-
-    names = [stage.name for stage in net.stages] if len(net.stages) <= 6 else None
-    plots.save(
-        net.credit.draw(names, f"{net.credit.num_taps} losses, who may change whom"), path / "figures" / "credit.png"
-    )
-
-
-def _loss_plot(path: Path) -> None:
-    from localsim.analysis import plots
-
-    plots.save(plots.loss_curves(runs.read_metrics(path)), path / "figures" / "loss.png")

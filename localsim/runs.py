@@ -76,7 +76,7 @@ class Run:
         if which not in ("trained", "untrained"):
             raise UserError(f"which network? {which!r}; allowed: trained, untrained")
         net = build_network(self.config)
-        if which == "trained" and self.config.rule != "untrained":
+        if which == "trained" and len(net.taps):
             folder = newest_checkpoint(self.path)
             if folder is None:
                 raise UserError(f"{self.path} has no checkpoint yet; continue it with `localsim run --resume`")
@@ -105,12 +105,14 @@ def load_run(path: str | Path) -> Run:
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Hold the folder's lock; UserError if another process has it. The system frees it when a process dies."""
-    path.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(path / "lock", timeout=0)
     try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(path / "lock", timeout=0)
         lock.acquire()
     except filelock.Timeout:
         raise UserError(f"{path} is being written by another process; wait for it, or choose another --out") from None
+    except OSError as error:
+        raise UserError(f"run folder {path} cannot be written: {_cause(error)}") from None
     try:
         yield
     finally:

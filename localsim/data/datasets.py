@@ -19,8 +19,8 @@ from localsim.errors import UserError
 
 Triple = tuple[float, float, float]
 
-EMBEDDED_TRAIN_IMAGES = 4000
-EMBEDDED_TEST_IMAGES = 1000
+EMBEDDED_TRAIN_IMAGES = 5000
+EMBEDDED_TEST_IMAGES = 1500
 MAX_BYTES_IN_MEMORY = 2**30
 """Folders whose images take more than this when decoded are streamed from disk."""
 TEST_FRACTION = 0.2
@@ -103,7 +103,7 @@ def load_data(
 
     | name | train | test |
     |---|---|---|
-    | `embedded` | rendered at `image_size`: 4000 images | 1000 images |
+    | `embedded` | rendered at `image_size`: 5000 images | 1500 images |
     | `cifar10`, `cifar100` | the training split | the test split |
     | `stl10` | the 100,000 unlabelled images (probes: the 5,000 labelled ones) | the test split |
     | `imagenet` | `train/` in `root` or `root/imagenet`, streamed | `val/` |

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from localsim.analysis.features import batch_features, collect_features
+from localsim.analysis.features import batch_features, calibrated, collect_features
 from localsim.analysis.probes import linear_probe, paired_bootstrap
 from localsim.analysis.stage_probe import ProbeTable, probe_networks
 from localsim.assembly import build_network
@@ -112,6 +112,25 @@ def test_bf16_features_are_float32_and_close():
 # -- the table --------------------------------------------------------------------------------------------------------
 
 
+def test_the_calibrated_control_has_the_statistics_of_the_images_and_no_weight_changed(data):
+    net = network(noise="none")
+    before = {name: x.clone() for name, x in net.state_dict().items()}
+    batches = list(plain_batches(data.train, size=16, batch_size=15, mean=data.mean, std=data.std))
+    twin = calibrated(net, batches)
+    assert not twin.training
+    assert all(torch.equal(x, before[name]) for name, x in net.state_dict().items()), "the network itself stays"
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), twin.parameters(), strict=True))
+    conv, bn = twin.units[0].parts[:2]
+    maps = [conv(batch.views[0]) for batch in batches]
+    torch.testing.assert_close(bn.running_mean, torch.stack([x.mean((0, 2, 3)) for x in maps]).mean(0))
+    torch.testing.assert_close(bn.running_var, torch.stack([x.transpose(0, 1).flatten(1).var(1) for x in maps]).mean(0))
+    assert int(twin.taps[-1].readout.bn.num_batches_tracked) == len(batches), "readouts are calibrated too"
+    noisy = network(noise="all:0.25")
+    again = [calibrated(noisy, batches, seed=seed).state_dict() for seed in (0, 0, 1)]
+    name = "stages.1.units.0.parts.0.bn1.running_mean"
+    assert torch.equal(again[0][name], again[1][name]) and not torch.equal(again[0][name], again[2][name])
+
+
 def test_every_stage_of_every_network_is_probed_in_four_ways(table):
     got = [(row.network, row.stage, row.features, row.probe) for row in table.rows]
     assert len(got) == len(set(got)) == 2 * 3 * 2 * 2
@@ -181,7 +200,7 @@ def test_the_printed_table_shows_every_number_in_its_place(table):
     for block in blocks:
         heading, columns, *lines = block.splitlines()
         probe, features = re.fullmatch(r"(\w+) probe, (\w+) features", heading).groups()
-        assert columns.split() == ["stage", "untrained", "blockwise", "gain"]
+        assert columns.split() == ["stage", "untrained", "blockwise", "gain", "over", "untrained"]
         for stage, line in enumerate(lines, start=1):
             untrained, trained = (
                 table.select(network=name, stage=stage, features=features, probe=probe)[0]

@@ -72,7 +72,7 @@ TINY = "--backbone resnet20 --set image_size=16 --set projector=[8,8] --set expa
         ("--data no/such/folder", "unknown data set 'no/such/folder': it is neither one of"),
         ("--epochs 0", "epochs is 0; allowed: numbers above 0"),
         ("--batch-size 1", "batch_size is 1; allowed: numbers from 2"),
-        ("--lr -1", "lr is -1.0; allowed: numbers from 0"),
+        ("--lr -1", "lr is -1.0; allowed: numbers above 0"),
         ("--set speed=9", "unknown setting 'speed'; allowed: "),
         ("--set speed", "--set 'speed' is not of the form NAME=VALUE"),
         ("--seed 1 --set seed=2", "seed is given twice: by --seed and by --set"),

@@ -58,7 +58,7 @@ def test_a_run_ends_with_a_probe_of_every_stage(finished):
     rule, num_stages = run.config.rule, STAGES[run.config.rule]
     table = run.probe()
     assert table is not None
-    assert table.networks == ["untrained", *([rule] if rule != "untrained" else [])]
+    assert table.networks == ["untrained", "calibrated", *([rule] if rule != "untrained" else [])]
     for network in table.networks:
         for probe in ("linear", "knn"):
             rows = table.select(network=network, features="raw", probe=probe)
@@ -170,7 +170,7 @@ def test_a_matrix_of_ones_own_survives_in_the_configuration(tmp_path):
         ({"credit": Credit.blockwise(4)}, "credit matrix has 4 stages but the network has 3"),
         ({"granularity": 17}, "17"),
         ({"batch_size": 64}, "batch_size is 64, but there are only 40 images"),
-        ({"warmup_epochs": 2}, "warm-up of 10 steps"),
+        ({"warmup_epochs": 2}, r"warmup_epochs is 2, which must be below epochs \(2\)"),
         ({"device": "abacus"}, "device 'abacus' is not available"),
         ({"augmentation": "none at all"}, "unknown augmentation"),
         ({"optimizer": "adam"}, "unknown optimizer 'adam'"),

@@ -14,7 +14,7 @@ import torch
 from localsim import runs
 from localsim.config import Config
 from localsim.data import ViewLoader
-from localsim.experiment import _prepare
+from localsim.experiment import prepare
 from localsim.network import LocalNetwork
 from localsim.presets import resolve
 from localsim.rules import get_rule
@@ -30,6 +30,11 @@ TINY: dict[str, Any] = {
     "train_images": 8 * STEPS_PER_EPOCH,
     "test_images": 40,
     "epochs": 2,
+    "zero_init_residual": False,
+    "optimizer": "adamw",
+    "lr": 3e-3,
+    "warmup_epochs": 0.4,
+    "weight_decay": 1e-4,
     "precision": "full",
     "device": "cpu",
     "log_every": 1,
@@ -46,7 +51,7 @@ def tiny_config(rule: str = "blockwise", **settings: Any) -> Config:
 
 
 def tiny_loader(config: Config) -> ViewLoader:
-    return _prepare(config).loader
+    return prepare(config).loader
 
 
 def train_in(
@@ -54,7 +59,7 @@ def train_in(
 ) -> LocalNetwork:
     """Train in the run folder `path`, from its newest checkpoint or from the start, without probes and plots."""
     config = tiny_config(rule, **settings)
-    prepared = _prepare(config)
+    prepared = prepare(config)
     net = prepared.net
     if alter:
         alter(net)

@@ -1,0 +1,84 @@
+"""What a run says before it starts, and the figures that show what it does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from localsim import runs
+from localsim.assembly import build_trunk
+from localsim.config import Config
+from localsim.data import Batch, Data, ViewLoader
+from localsim.network import LocalNetwork
+from localsim.partition import cut_table, format_cut_table
+from localsim.train import Schedule, StepCost
+
+
+def describe(config: Config, net: LocalNetwork, data: Data, loader: ViewLoader, cost: StepCost | None) -> str:
+    """Return what a run will do: cuts, credit, taps, data, cost, and what a normal loss looks like."""
+    backbone, stages = build_trunk(config)
+    paths = [net.credit.path_to(stage, net.units_per_stage) for stage in range(len(net.stages))]
+    lines = [
+        f"rule {config.rule} on {config.backbone} (stem {config.stem}, {config.image_size} px), "
+        f"preset {config.preset}, seed {config.seed}",
+        "",
+        format_cut_table(cut_table(backbone, stages, config.image_size), paths),
+        "",
+        str(net.credit),
+        f"longest gradient path: {net.credit.longest_path(net.units_per_stage)} of {len(net.units)} unit blocks",
+        "",
+    ]
+    tests = "no labels, no probe" if data.test is None else f"{len(data.test)} test images, {len(data.classes)} classes"
+    lines.append(f"data: {data.name}, {len(data.train)} training images, {tests}")
+    if cost is None:
+        return "\n".join([*lines, "nothing is trained: the untrained network is probed"])
+    schedule = Schedule.of(config, loader.steps_per_epoch)
+    trunk = sum(p.numel() for stage in net.stages for p in stage.parameters())
+    heads = sum(p.numel() for p in net.taps.parameters())
+    lines += [
+        f"every tap: readout {config.readout}, projector {'-'.join(map(str, config.projector))}, "
+        f"objective {config.objective}; noise {config.noise}",
+        f"training: {config.epochs} epochs, {schedule.last_step} steps of {config.batch_size} images x "
+        f"{loader.num_views} views, {config.optimizer}, peak learning rate {schedule.peak:g}, "
+        f"{config.precision} precision on {net.device}",
+        f"parameters: trunk {trunk:,}, readouts and heads {heads:,}",
+        f"measured cost: {cost.seconds:.2f} s per step, {cost.held_bytes / 2**20:.0f} MiB of activations held at the "
+        f"peak; about {schedule.last_step * cost.seconds / 60:.1f} min of training",
+    ]
+    tap = net.taps[0] if len(net.taps) else None
+    if tap is not None:
+        chance = tap.objective.chance_level(config.projector[-1], config.batch_size)  # type: ignore[union-attr]
+        lines.append(
+            f"a normal loss: {chance:.3g} is what unrelated views would give; every tap should fall clearly below it "
+            "within the first epochs, and deeper taps usually lower; a tap that stays there learns nothing"
+        )
+    return "\n".join(lines)
+
+
+def save_views(path: Path, data: Data, batch: Batch) -> None:
+    from localsim.analysis import plots
+    from localsim.data import plain_batches
+
+    shown = batch.indices[:8]
+    size = batch.views[0].shape[-1]
+    originals = next(plain_batches(data.train.subset(shown), size=size, batch_size=8, mean=data.mean, std=data.std))
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (data.mean, data.std))
+    pictures = [(x[: len(shown)].cpu() * std + mean).clamp(0, 1) for x in (originals.views[0], *batch.views)]
+    labels = None if batch.labels is None else [data.classes[int(label)] for label in batch.labels[: len(shown)]]
+    plots.save(plots.contact_sheet(pictures[0], pictures[1:], labels), path / "figures" / "views.png")
+
+
+def save_credit(path: Path, net: LocalNetwork) -> None:
+    from localsim.analysis import plots
+
+    names = [stage.name for stage in net.stages] if len(net.stages) <= 6 else None
+    plots.save(
+        net.credit.draw(names, f"{net.credit.num_taps} losses, who may change whom"), path / "figures" / "credit.png"
+    )
+
+
+def save_losses(path: Path) -> None:
+    from localsim.analysis import plots
+
+    plots.save(plots.loss_curves(runs.read_metrics(path)), path / "figures" / "loss.png")
