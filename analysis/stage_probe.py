@@ -6,23 +6,33 @@ import csv
 import io
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from localsim.analysis.features import collect_features, stream_features
+from localsim.analysis import plots
+from localsim.analysis.extract import batch_features, calibrated, collect_features, stream_features
 from localsim.analysis.probes import ProbeScore, knn_probe, linear_probe, paired_bootstrap, sgd_probe
 from localsim.data import AUGMENTATIONS, Batch, Data, ImageSet, ViewLoader, class_balanced, plain_batches
 from localsim.errors import UserError, one_of
+from localsim.files import write_json, write_text
 from localsim.network import LocalNetwork
+from localsim.opening import open_data, open_device, open_loader
+
+if TYPE_CHECKING:
+    from localsim.runs import Run
 
 PROTOCOLS = ("logistic", "paper")
 CONTROLS = ("untrained", "calibrated")
 """Networks that have learned nothing: as initialised, and with batch-norm statistics taken from images."""
 BATCH = 256
-KNN_BANK = 50_000
-"""Training images that the k-NN probe of the `paper` protocol keeps: all of ImageNet's features would take 60 GB."""
+FEATURE_BYTES = 4 * 2**30
+"""Memory for the features of training images that logistic regression and k-NN see; on more images, a balanced part."""
+CALIBRATION_BATCHES = 32
+"""Batches from which the calibrated control takes its batch-norm statistics, as many as momentum 0.1 remembers."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,9 @@ class ProbeRow:
         probe: `linear` or `knn`.
         accuracy, low, high: share of test images, with its 95 % bootstrap interval over them.
         gain, gain_low, gain_high: accuracy minus the untrained network's on the same images, with the paired
-            interval; None for the untrained network itself.
+            interval; None for controls.
+        calibrated_gain, calibrated_gain_low, calibrated_gain_high: likewise over the calibrated control, where there
+            is one: what learning added beyond batch-norm statistics.
         n_test: test images.
         chance: accuracy of guessing.
         settings: how the probe was made.
@@ -52,6 +64,9 @@ class ProbeRow:
     gain: float | None
     gain_low: float | None
     gain_high: float | None
+    calibrated_gain: float | None
+    calibrated_gain_low: float | None
+    calibrated_gain_high: float | None
     n_test: int
     chance: float
     settings: dict[str, Any]
@@ -101,15 +116,83 @@ class ProbeTable:
             rows = self.select(probe=probe, features=features)
             others = [name for name in self.networks if name not in CONTROLS]
             controls = [name for name in self.networks if name in CONTROLS]
-            heads = [*controls, *(head for name in others for head in (name, "gain over untrained"))]
-            lines = [f"{probe} probe, {features} features", "  stage  " + "".join(f"{head:<24}" for head in heads)]
+            heads = [*controls, *(head for name in others for head in (name, *(f"gain over {c}" for c in controls)))]
+            lines = [f"{probe} probe, {features} features", "  stage  " + "".join(f"{head:<25}" for head in heads)]
             for stage in sorted({row.stage for row in rows}):
                 found = {row.network: row for row in rows if row.stage == stage}
                 cells = [_cell(found.get(name)) for name in controls]
-                cells += [cell for name in others for cell in (_cell(found.get(name)), _gain_cell(found.get(name)))]
-                lines.append(f"  {stage:>5}  " + "".join(f"{cell:<24}" for cell in cells))
+                for name in others:
+                    row = found.get(name)
+                    cells += [_cell(row), *(_gain_cell(row, control) for control in controls)]
+                lines.append(f"  {stage:>5}  " + "".join(f"{cell:<25}" for cell in cells))
             blocks.append("\n".join(line.rstrip() for line in lines))
         return "\n\n".join(blocks)
+
+
+def probe(
+    run: Run,
+    *,
+    data: Data | None = None,
+    trained: LocalNetwork | None = None,
+    protocol: str | None = None,
+    images: int | None = None,
+    seed: int = 0,
+    epochs: int | None = None,
+    report: str | None = None,
+    name: str = "probe",
+) -> ProbeTable:
+    """Probe a run beside two controls, store table and plot in its folder, and return the table.
+
+    The controls are the untrained network of the same seed, and `calibrated`: the same with the batch-norm statistics
+    of training images, which a trained network has and an untrained one lacks (see `extract.calibrated`).
+
+    Args:
+        run: a run with a checkpoint.
+        data: the images to probe on; by default the run's own.
+        trained: the network, where it is in memory already.
+        protocol, images: default to the configuration's.
+        seed: of the probes.
+        epochs, report: of the `paper` protocol, see `probe_networks`.
+        name: of the files: `probe.json` and `probe.csv` are what `Run.probe()` returns.
+    """
+    config = run.config
+    data = open_data(config) if data is None else data
+    device = trained.device if trained is not None else open_device(config.device)
+    untrained = run.network("untrained")
+    for tap in untrained.taps:
+        tap.head = nn.Identity()  # probes read no heads, and those of ImageNet's preset take 2.4 GB
+    networks = {"untrained": untrained.to(device)}
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in untrained.modules()):
+        views = islice(open_loader(config, data, device).epoch(0), CALIBRATION_BATCHES)
+        networks["calibrated"] = calibrated(untrained, views, seed=config.seed)
+    if len(untrained.taps):
+        networks[config.rule] = (run.network() if trained is None else trained).to(device)
+    table = probe_networks(
+        networks,
+        data,
+        image_size=config.image_size,
+        protocol=protocol or (config.probe_protocol if config.probe_protocol != "none" else "logistic"),
+        train_images=images or config.probe_images,
+        seed=seed,
+        precision=config.precision,
+        workers=config.workers,
+        epochs=epochs,
+        report=report,
+    )
+    write_json(run.path / f"{name}.json", table.to_json())
+    write_text(run.path / f"{name}.csv", table.to_csv())
+    curves = {
+        network: [
+            (str(row.stage), row.accuracy, row.low, row.high)
+            for row in table.select(network=network, features="raw", probe="linear")
+        ]
+        for network in reversed(table.networks)
+    }
+    title = f"Linear probe of raw stage output, {data.name}"
+    figure = plots.accuracy_by_stage(curves, title=title, chance=table.rows[0].chance)
+    figures = run.path / "figures"
+    plots.save(figure, figures / ("accuracy_by_stage.png" if name == "probe" else f"accuracy_by_stage-{name}.png"))
+    return table
 
 
 def probe_networks(
@@ -122,8 +205,8 @@ def probe_networks(
     seed: int = 0,
     precision: str = "full",
     workers: int = 0,
-    epochs: int = 100,
-    report: str = "last",
+    epochs: int | None = None,
+    report: str | None = None,
 ) -> ProbeTable:
     """Probe every stage of every network on raw stage output and on readout output, one pass over the images each.
 
@@ -135,20 +218,24 @@ def probe_networks(
         image_size: side of the images, in pixels.
         protocol: `logistic` fits an L2-regularised logistic regression to convergence on unaugmented images. `paper`
             is that of Siddiqui et al. 2023: SGD 0.1, momentum 0.9, weight decay 1e-6, cosine, 100 epochs, batch 256,
-            random crops and flips. Both add a weighted 20-NN probe; with
-            `paper` its neighbours are at most `KNN_BANK` training images.
+            random crops and flips. Both add a weighted 20-NN probe.
+            Of training images whose features exceed `FEATURE_BYTES`, logistic regression and k-NN see a part; the
+            settings say how many.
         train_images: use this many of the training images, as evenly over the classes as they allow.
         seed: of the probes (not of the networks).
         precision: of the forward passes.
         workers: processes that decode streamed images.
-        epochs: of `paper`.
-        report: `last` epoch, or `best` on the test images as the paper did (optimistic); only for `paper`.
+        epochs: of `paper`, 100 if not given.
+        report: for `paper`, the `last` epoch (if not given), or the `best` on the test images, as published
+            (optimistic).
 
     Raises:
         UserError: the data have no labels, or an option is unknown.
     """
     if protocol not in PROTOCOLS:
         raise one_of("probe protocol", protocol, PROTOCOLS)
+    if protocol != "paper" and not (epochs is None and report is None):
+        raise UserError(f"epochs and report have no meaning for protocol {protocol}; allowed with: paper")
     if data.probe_train is None or data.test is None:
         raise UserError(f"data set {data.name!r} has no labelled training and test images to probe on")
     if "untrained" not in networks:
@@ -164,13 +251,14 @@ def probe_networks(
     for name, net in networks.items():
         net.eval()
         device = net.device
-        kept = class_balanced(train, KNN_BANK, "train") if protocol == "paper" else train
+        kept = class_balanced(train, max(FEATURE_BYTES // _bytes_per_image(net, image_size), num_classes * 20), "train")
         x_train, y_train = collect_features(net, batches(kept), precision=precision)
         x_test, y_test = collect_features(net, batches(data.test), precision=precision)
         assert y_train is not None and y_test is not None
         if protocol == "paper":
-            fitted = _paper_probe(net, train, data, x_test, y_test, image_size=image_size, seed=seed, epochs=epochs,
-                                  precision=precision, workers=workers, report=report)  # fmt: skip
+            fitted = _paper_probe(net, train, data, x_test, y_test, image_size=image_size, seed=seed,
+                                  epochs=100 if epochs is None else epochs, precision=precision, workers=workers,
+                                  report=report or "last")  # fmt: skip
         else:
             fitted = {
                 key: linear_probe(x_train[key], y_train, x_test[key], y_test, num_classes=num_classes, seed=seed)
@@ -218,6 +306,11 @@ def _paper_probe(
     return {key: scores[_text(key)] for key in x_test}
 
 
+def _bytes_per_image(net: LocalNetwork, image_size: int) -> int:
+    features = batch_features(net, torch.zeros(1, 3, image_size, image_size, device=net.device))
+    return sum(4 * x.shape[1] for x in features.values())
+
+
 def _text(key: tuple[int, str]) -> str:
     return f"{key[0]} {key[1]}"
 
@@ -229,11 +322,14 @@ def _row(
     shared: Mapping[str, Any],
 ) -> ProbeRow:
     network, stage, features, probe = key
-    gain = gain_low = gain_high = None
-    base = scores.get(("untrained", stage, features, probe))
-    if network != "untrained" and base is not None:
-        gain = score.accuracy - base.accuracy
-        gain_low, gain_high = paired_bootstrap(np.asarray(score.correct), np.asarray(base.correct))
+    gains: dict[str, float | None] = {}
+    for control, prefix in (("untrained", ""), ("calibrated", "calibrated_")):
+        base = scores.get((control, stage, features, probe))
+        gain = low = high = None
+        if network not in CONTROLS and base is not None:
+            gain = score.accuracy - base.accuracy
+            low, high = paired_bootstrap(np.asarray(score.correct), np.asarray(base.correct))
+        gains |= {f"{prefix}gain": gain, f"{prefix}gain_low": low, f"{prefix}gain_high": high}
     return ProbeRow(
         network=network,
         stage=stage + 1,
@@ -242,9 +338,7 @@ def _row(
         accuracy=score.accuracy,
         low=score.low,
         high=score.high,
-        gain=gain,
-        gain_low=gain_low,
-        gain_high=gain_high,
+        **gains,  # type: ignore[arg-type]
         n_test=score.n_test,
         chance=score.chance,
         settings={**shared, **score.settings},
@@ -255,7 +349,12 @@ def _cell(row: ProbeRow | None) -> str:
     return "-" if row is None else f"{row.accuracy:.3f} [{row.low:.3f}, {row.high:.3f}]"
 
 
-def _gain_cell(row: ProbeRow | None) -> str:
-    if row is None or row.gain is None:
+def _gain_cell(row: ProbeRow | None, control: str) -> str:
+    if row is None:
         return "-"
-    return f"{row.gain:+.3f} [{row.gain_low:+.3f}, {row.gain_high:+.3f}]"
+    gains = (
+        (row.gain, row.gain_low, row.gain_high)
+        if control == "untrained"
+        else (row.calibrated_gain, row.calibrated_gain_low, row.calibrated_gain_high)
+    )
+    return "-" if None in gains else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*gains)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from localsim.backbones import Backbone, build_backbone, unit_shapes
@@ -20,7 +21,11 @@ from localsim.rules.readouts import make_readout
 
 
 def build(
-    rule: str = "blockwise", *, preset: str = "imagenet", credit: Credit | None = None, **settings: Any
+    rule: str = "blockwise",
+    *,
+    preset: str = "imagenet",
+    credit: Credit | Mapping[str, Any] | None = None,
+    **settings: Any,
 ) -> LocalNetwork:
     """Return the untrained network of a rule, e.g. `build("blockwise", granularity=4, backbone="resnet50")`.
 
@@ -35,7 +40,7 @@ def build(
         UserError: see `localsim.presets.resolve`.
     """
     if credit is not None:
-        settings["credit"] = credit.to_config()
+        settings["credit"] = credit.to_config() if isinstance(credit, Credit) else credit
     return build_network(resolve(rule, preset, settings))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -60,6 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"localsim: {error}", file=sys.stderr)
         return 1 if isinstance(error, TrainingFailed) else 2
+    except (MemoryError, RuntimeError) as error:
+        # torch says so in its own ways on the CPU and on an accelerator
+        if arguments.debug or not (
+            isinstance(error, MemoryError) or re.search("out of memory|not enough memory", str(error))
+        ):
+            raise
+        print("localsim: out of memory; a smaller --batch-size, projector or image_size needs less", file=sys.stderr)
+        return 1
     except OSError as error:
         if arguments.debug:
             raise
@@ -111,10 +120,15 @@ def make_parser() -> argparse.ArgumentParser:
                      PROBE_EXAMPLES, _probe)  # fmt: skip
     probe.add_argument("runs", metavar="RUN", nargs="+", help="run folders")
     probe.add_argument("--protocol", metavar="NAME", help="logistic, or paper (default: what the run's preset says)")
-    probe.add_argument("--epochs", metavar="N", type=int, default=100, help="of the paper protocol (default 100)")
-    probe.add_argument("--report", metavar="WHICH", default="last", help="paper protocol: last epoch (default) or best")
+    probe.add_argument("--epochs", metavar="N", type=int, help="of the paper protocol (default 100)")
+    probe.add_argument(
+        "--report", metavar="WHICH", help="paper protocol: last epoch (default) or best on the test images"
+    )
     probe.add_argument("--images", metavar="N", type=int, help="training images that the probes see (default: all)")
-    probe.add_argument("--seed", metavar="N", type=int, default=0, help="of the probes (default 0)")
+    probe.add_argument("--seed", metavar="N", type=int, help="of the probes (default 0)")
+    probe.add_argument("--data", metavar="DIR", help="where the run's folder of images lies now")
+    probe.add_argument("--data-root", metavar="DIR", help="where the run's named data set lies now")
+    probe.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N (default: the run's)")
     _debug(probe)
 
     rules = _command(commands, "rules", "the rules, their papers and credit matrices", "", _rules)
@@ -176,21 +190,23 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _probe(arguments: argparse.Namespace) -> int:
-    from localsim.experiment import probe_run
+    import dataclasses
+
+    from localsim.analysis.stage_probe import probe
     from localsim.runs import load_run, writing
 
+    moved = {name: getattr(arguments, name) for name in ("data", "data_root", "device")}
+    moved = {name: value for name, value in moved.items() if value is not None}
+    options = {name: getattr(arguments, name) for name in ("protocol", "images", "seed", "epochs", "report")}
+    options = {name: value for name, value in options.items() if value is not None}
+    # with options of its own a probe has a file of its own, and never replaces the run's
+    name = "-".join(["probe", *(f"{option}={value}" for option, value in options.items())])
     for path in arguments.runs:
-        opened = load_run(path)
-        with writing(opened.path):
-            table = probe_run(
-                opened,
-                protocol=arguments.protocol,
-                images=arguments.images,
-                seed=arguments.seed,
-                epochs=arguments.epochs,
-                report=arguments.report,
-            )
-        print(f"{path}\n{table}\n")
+        run = load_run(path)
+        run = dataclasses.replace(run, config=dataclasses.replace(run.config, **moved))
+        with writing(run.path):
+            table = probe(run, **options, name=name)
+        print(f"{run.path / name}.json\n{table}\n")
     return 0
 
 

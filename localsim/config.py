@@ -40,7 +40,7 @@ class Config:
     image_size: int  # side of the square training images, in pixels
     # data
     data: str  # a data set's name, or a folder of images
-    data_root: str | None  # where torchvision keeps its data sets
+    data_root: str | None = field(metadata={"free": True})  # where torchvision keeps its data sets
     train_images: int | None  # a class-balanced part of the training images; None: all
     test_images: int | None
     augmentation: str
@@ -79,12 +79,23 @@ class Config:
         for name, allowed in _ONE_OF.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(map(str, allowed))}")
+        for name in _TEXT:
+            if not isinstance(getattr(self, name), str):
+                raise UserError(f"{name} is {getattr(self, name)!r}; allowed: text")
+        for name in ("credit", "objective_options"):
+            value = getattr(self, name)
+            if not (isinstance(value, dict) or (name == "credit" and value is None)):
+                raise UserError(f"{name} is {value!r}; allowed: a mapping of names to values")
+        if not (self.data_root is None or isinstance(self.data_root, str)):
+            raise UserError(f"data_root is {self.data_root!r}; allowed: the path of a folder")
+        if isinstance(self.granularity, bool) or not isinstance(self.granularity, int | str | None):
+            raise UserError(f"granularity is {self.granularity!r}; allowed: a number, network, stage, block")
         for name in _WHOLE:
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int) and not isinstance(value, bool)):
                 raise UserError(f"{name} is {value!r}; allowed: whole numbers")
         widths = self.projector
-        if not (isinstance(widths, list | tuple) and all(isinstance(w, int) and w >= 1 for w in widths) and widths):
+        if not (isinstance(widths, list | tuple) and all(type(w) is int and w >= 1 for w in widths) and widths):
             raise UserError(f"projector is {widths!r}; allowed: a list of whole numbers above 0, e.g. [256, 256]")
         object.__setattr__(self, "projector", list(widths))  # a tuple would differ from what config.json gives back
         if self.warmup_epochs >= self.epochs:
@@ -155,6 +166,8 @@ _WHOLE = (
     "reach", "expand_width", "image_size", "train_images", "test_images", "epochs", "batch_size", "seed",
     "probe_images", "max_steps", "workers", "log_every",
 )  # fmt: skip
+_TEXT = ("rule", "preset", "cuts", "objective", "readout", "projector_init", "noise", "backbone", "stem", "data",
+         "augmentation", "optimizer", "lr_scaling", "precision", "probe_protocol", "device")  # fmt: skip
 _ONE_OF = {
     "projector_init": ("private", "identical"),
     "lr_scaling": ("linear", "none"),

@@ -232,8 +232,11 @@ class Credit:
         missing = [name for name in ("num_stages", "taps", "matrix") if name not in config]
         if missing:
             raise UserError(f"the credit entry of the configuration lacks {', '.join(missing)}")
-        rows = config["matrix"] or np.zeros((0, config["num_stages"]))
-        return cls(rows, tuple(config["taps"]))
+        try:
+            rows = config["matrix"] or np.zeros((0, config["num_stages"]))
+            return cls(rows, tuple(config["taps"]))
+        except TypeError:
+            raise UserError("the credit entry needs num_stages (a number), taps and matrix (lists)") from None
 
     def draw(self, stage_names: Sequence[str] | None = None, title: str = ""):
         """Return a matplotlib figure of the matrix: rows are taps, columns stages."""

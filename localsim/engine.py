@@ -116,7 +116,7 @@ class _Step:
         self.labels = labels
         self.key = key
         self.hooks = hooks
-        self.autocast = _autocast(precision, net.device.type)
+        self.autocast = autocast(precision, net.device.type)
         self.waiting = dict(enumerate(net.taps))
         self.last_use = net.credit.last_use([tap.fires for tap in net.taps])
         self.alive: dict[int, _Segment] = {}
@@ -282,7 +282,8 @@ def _at_least_float32(z: Tensor) -> Tensor:
 PRECISIONS = ("full", "bf16")
 
 
-def _autocast(precision: str, device_type: str) -> Callable[[], AbstractContextManager]:
+def autocast(precision: str, device_type: str) -> Callable[[], AbstractContextManager]:
+    """Return a maker of the context in which `full` or `bf16` forward passes run; UserError for another word."""
     if precision == "full":
         return nullcontext
     if precision == "bf16":

@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from localsim import engine
 from localsim.errors import TrainingFailed
 from localsim.network import LocalNetwork
 
 COLLAPSED_RANK = 1.1
 COLLAPSED_SPREAD = 1e-3
 PATIENCE = 3
+CHECKED_IMAGES = 256
 
 
 def effective_rank(x: Tensor) -> float:
@@ -48,8 +50,9 @@ def relative_spread(z: Tensor) -> float:
 class OnlineProbe:
     """A softmax classifier per stage, trained along on detached features: each batch is scored before it is learned.
 
-    Features are the stage's map of the first view, averaged over positions and standardised over the batch. The
-    accuracy lags behind that of a probe trained to convergence; it shows the trend while a run goes on.
+    Features are the stage's map of the first view as it is in training, augmented and with boundary noise, averaged
+    over positions and standardised over the batch. The accuracy lags behind that of a probe trained to convergence, and
+    rules with and without noise cannot be compared by it; it shows the trend while a run goes on.
     """
 
     LEARNING_RATE = 0.05
@@ -81,11 +84,7 @@ class OnlineProbe:
 
 
 class Monitor:
-    """Collects what the engine's hooks show and turns it into one line of metrics.
-
-    Raises (while observing):
-        TrainingFailed: a loss is not finite, or a tap's embeddings have collapsed at three checks in a row.
-    """
+    """Collects what the engine's hooks show, and what a clean pass shows, and turns it into one line of metrics."""
 
     def __init__(self, net: LocalNetwork, num_classes: int) -> None:
         self.stage_names = [f"stage{i + 1}" for i in range(len(net.stages))]
@@ -94,42 +93,61 @@ class Monitor:
         self.suspicions = [0] * len(net.taps)
         self.loss_sum = [0.0] * len(net.taps)
         self.num_steps = 0
+        self.step = 0
         self.labels: Tensor | None = None
-        self.checking = False
         self.ranks: dict[str, float] = {}
         self.embedding_ranks: dict[str, float] = {}
 
-    def start_step(self, step: int, labels: Tensor | None, checking: bool) -> None:
-        """Say which step begins, and whether ranks are computed in it."""
-        self.step, self.labels, self.checking = step, labels, checking
+    def start_step(self, step: int, labels: Tensor | None) -> None:
+        """Say which step begins, counted from 1."""
+        self.step, self.labels = step, labels
         self.num_steps += 1
 
     def on_stage(self, stage: int, outputs: list[Tensor], alive: tuple[int, ...]) -> None:
-        """Engine hook: feed the online probe, measure the stage's effective rank."""
-        pooled = outputs[0].float().mean((2, 3))
+        """Engine hook: feed the online probe."""
         if self.probe is not None and self.labels is not None:
-            self.probe.observe(stage, pooled, self.labels)
-        if self.checking and pooled.isfinite().all():
-            self.ranks[self.stage_names[stage]] = effective_rank(pooled)
+            self.probe.observe(stage, outputs[0].mean((2, 3), dtype=torch.float32), self.labels)
 
     def on_tap(self, tap: int, embeddings: tuple[Tensor, ...], loss: Tensor) -> None:
-        """Engine hook: stop on a loss that is not a number or on collapsed embeddings."""
-        name, value = self.tap_names[tap], loss.item()
+        """Engine hook: add up the loss; TrainingFailed if it is not a number."""
+        value = loss.item()
         if not math.isfinite(value):
-            raise TrainingFailed(f"the loss of tap {name} is {value} at step {self.step}; a lower --lr may help")
-        self.loss_sum[tap] += value
-        if not self.checking:
-            return
-        z = embeddings[0]
-        rank, spread = effective_rank(z), relative_spread(z)
-        self.embedding_ranks[name] = rank
-        collapsed = rank < COLLAPSED_RANK or spread < COLLAPSED_SPREAD
-        self.suspicions[tap] = self.suspicions[tap] + 1 if collapsed else 0
-        if self.suspicions[tap] >= PATIENCE:
             raise TrainingFailed(
-                f"tap {name} has collapsed at step {self.step}: its embeddings of different images differ by "
-                f"{spread:.1e} of their size and have effective rank {rank:.2f} of {z.shape[1]}"
+                f"the loss of tap {self.tap_names[tap]} is {value} at step {self.step}; a lower --lr may help"
             )
+        self.loss_sum[tap] += value
+
+    def check(self, net: LocalNetwork, images: Tensor, precision: str = "full") -> None:
+        """Measure effective ranks on a clean pass, and stop a run that has collapsed.
+
+        Boundary noise differs from image to image, so in training mode even a network that maps all images to one point
+        shows as many dimensions as a healthy one. The pass is made in evaluation mode, on at most `CHECKED_IMAGES`.
+
+        Raises:
+            TrainingFailed: a tap's embeddings have collapsed at this and the two checks before, or are not finite.
+        """
+        was_training = net.training
+        net.eval()
+        with torch.no_grad(), engine.autocast(precision, net.device.type)():
+            outputs = list(net.stage_outputs(images[:CHECKED_IMAGES]))
+            contexts = [None if tap.context is None else outputs[tap.context] for tap in net.taps]
+            embeddings = [tap(outputs[tap.stage], c).float() for tap, c in zip(net.taps, contexts, strict=True)]
+        net.train(was_training)
+        for name, z in zip(self.tap_names, embeddings, strict=True):
+            if not z.isfinite().all():
+                raise TrainingFailed(f"the embeddings of tap {name} are not finite after step {self.step}")
+        for name, h in zip(self.stage_names, outputs, strict=True):
+            self.ranks[name] = effective_rank(h.mean((2, 3), dtype=torch.float32))
+        for tap, (name, z) in enumerate(zip(self.tap_names, embeddings, strict=True)):
+            rank, spread = effective_rank(z), relative_spread(z)
+            self.embedding_ranks[name] = rank
+            collapsed = rank < COLLAPSED_RANK or spread < COLLAPSED_SPREAD
+            self.suspicions[tap] = self.suspicions[tap] + 1 if collapsed else 0
+            if self.suspicions[tap] >= PATIENCE:
+                raise TrainingFailed(
+                    f"tap {name} has collapsed at step {self.step}: its embeddings of different images differ by "
+                    f"{spread:.1e} of their size and have effective rank {rank:.2f} of {z.shape[1]}"
+                )
 
     @property
     def healthy(self) -> bool:

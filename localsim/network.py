@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Generic, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,18 @@ from localsim.backbones import UnitBlock, load_trunk_state_dict, trunk_state_dic
 from localsim.credit import Credit
 from localsim.errors import UserError
 
-Objective = Callable[[tuple[Tensor, ...], Tensor | None], Tensor]
-"""Takes the embeddings of every view and the labels (or None), returns a scalar loss."""
+
+class Objective(Protocol):
+    """What a tap minimises."""
+
+    def __call__(self, embeddings: tuple[Tensor, ...], labels: Tensor | None) -> Tensor:
+        """Return the scalar loss of the embeddings `(n, d)` of every view, with labels `(n,)` or None."""
+        ...
+
+    def chance_level(self, num_dimensions: int, batch_size: int) -> float | None:
+        """Return the loss to expect of views that have nothing in common, or None if there is no such number."""
+        ...
+
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import resource
+import sys
+from typing import TYPE_CHECKING
 
 import torch
 
-from localsim import runs
+from localsim.analysis import plots
 from localsim.assembly import build_trunk
 from localsim.config import Config
-from localsim.data import Batch, Data, ViewLoader
+from localsim.data import Batch, Data, ViewLoader, plain_batches
 from localsim.network import LocalNetwork
 from localsim.partition import cut_table, format_cut_table
 from localsim.train import Schedule, StepCost
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def describe(config: Config, net: LocalNetwork, data: Data, loader: ViewLoader, cost: StepCost | None) -> str:
     """Return what a run will do: cuts, credit, taps, data, cost, and what a normal loss looks like."""
     backbone, stages = build_trunk(config)
     paths = [net.credit.path_to(stage, net.units_per_stage) for stage in range(len(net.stages))]
+    cifar_stem = " with the CIFAR stem" if config.stem == "cifar" else ""
     lines = [
-        f"rule {config.rule} on {config.backbone} (stem {config.stem}, {config.image_size} px), "
+        f"rule {config.rule} on {config.backbone} at {config.image_size} px{cifar_stem}, "
         f"preset {config.preset}, seed {config.seed}",
         "",
         format_cut_table(cut_table(backbone, stages, config.image_size), paths),
@@ -46,39 +52,41 @@ def describe(config: Config, net: LocalNetwork, data: Data, loader: ViewLoader, 
         f"measured cost: {cost.seconds:.2f} s per step, {cost.held_bytes / 2**20:.0f} MiB of activations held at the "
         f"peak; about {schedule.last_step * cost.seconds / 60:.1f} min of training",
     ]
-    tap = net.taps[0] if len(net.taps) else None
-    if tap is not None:
-        chance = tap.objective.chance_level(config.projector[-1], config.batch_size)  # type: ignore[union-attr]
+    if data.test is not None and config.probe_protocol != "none":
+        lines.append(
+            f"then: linear (protocol {config.probe_protocol}) and k-NN probes of every stage, of this network and of "
+            "two untrained controls"
+        )
+    chance = net.taps[0].objective.chance_level(config.projector[-1], config.batch_size)
+    if chance is not None:
         lines.append(
             f"a normal loss: {chance:.3g} is what unrelated views would give; every tap should fall clearly below it "
-            "within the first epochs, and deeper taps usually lower; a tap that stays there learns nothing"
+            "within the first epochs; a tap that stays there learns nothing"
         )
     return "\n".join(lines)
 
 
-def save_views(path: Path, data: Data, batch: Batch) -> None:
-    from localsim.analysis import plots
-    from localsim.data import plain_batches
-
+def draw_views(data: Data, batch: Batch) -> Figure:
+    """Return a contact sheet: the first images of a batch, each above the two views that the network sees."""
     shown = batch.indices[:8]
     size = batch.views[0].shape[-1]
     originals = next(plain_batches(data.train.subset(shown), size=size, batch_size=8, mean=data.mean, std=data.std))
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (data.mean, data.std))
     pictures = [(x[: len(shown)].cpu() * std + mean).clamp(0, 1) for x in (originals.views[0], *batch.views)]
     labels = None if batch.labels is None else [data.classes[int(label)] for label in batch.labels[: len(shown)]]
-    plots.save(plots.contact_sheet(pictures[0], pictures[1:], labels), path / "figures" / "views.png")
+    return plots.contact_sheet(pictures[0], pictures[1:], labels)
 
 
-def save_credit(path: Path, net: LocalNetwork) -> None:
-    from localsim.analysis import plots
-
+def draw_credit(net: LocalNetwork) -> Figure:
+    """Return a picture of the network's credit matrix."""
     names = [stage.name for stage in net.stages] if len(net.stages) <= 6 else None
-    plots.save(
-        net.credit.draw(names, f"{net.credit.num_taps} losses, who may change whom"), path / "figures" / "credit.png"
-    )
+    return net.credit.draw(names, f"{net.credit.num_taps} losses: who may change whom")
 
 
-def save_losses(path: Path) -> None:
-    from localsim.analysis import plots
-
-    plots.save(plots.loss_curves(runs.read_metrics(path)), path / "figures" / "loss.png")
+def peak_memory(device: torch.device) -> str:
+    """Return how much memory this process has taken at most, as a phrase."""
+    if device.type == "cuda":
+        return f"at most {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB of GPU memory"
+    # kilobytes, but bytes on macOS
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f"at most {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GiB of memory"

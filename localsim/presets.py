@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from localsim.config import Config
@@ -122,6 +123,12 @@ def resolve(rule: str = "blockwise", preset: str | None = None, overrides: Mappi
         if name not in Config.names():
             raise one_of("setting", name, Config.names())
     chosen.check_overrides(given)
+    for name in ("data", "data_root"):
+        # absolute, so that the run can be resumed and probed from anywhere
+        if isinstance(given.get(name), str | Path) and (
+            Path(given[name]).is_dir() and given[name] not in _PRESET_OF_DATA
+        ):
+            given[name] = str(Path(given[name]).resolve())
     if preset is None:
         preset = _PRESET_OF_DATA.get(given.get("data", "embedded"), "folder")
     if preset not in PRESETS:

@@ -12,7 +12,8 @@
 | `tensorboard/` | the same metrics, where TensorBoard is installed |
 | `lock` | held by the one process that writes |
 
-Every file is written whole or not at all; a checkpoint folder appears under its name only when it is complete.
+Every file is written whole or not at all, except that lines are appended to `metrics.jsonl`, whose readers leave out a
+last line that was cut short; a checkpoint folder appears under its name only when it is complete.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -187,13 +188,16 @@ def forget_metrics_after(path: Path, step: int) -> None:
     write_text(path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
 
 
+KEPT_CHECKPOINTS = 2
+"""Two, so that one from which training has gone on without failing is always there."""
+
 # -- checkpoints ------------------------------------------------------------------------------------------------------
 
 
 def save_checkpoint(
     path: Path, step: int, net: LocalNetwork, optimizer: torch.optim.Optimizer | None, monitor: Mapping[str, Any]
 ) -> Path:
-    """Write a checkpoint after `step` steps and then remove older ones; on failure the older ones stay."""
+    """Write a checkpoint after `step` steps, then remove all but the newest two; on failure the older ones stay."""
     root = path / "checkpoints"
     final = root / f"{step:08d}"
     partial = root / f".{step:08d}.partial"
@@ -223,10 +227,17 @@ def save_checkpoint(
             + (f"{kept} is kept" if kept else "there is none yet")
             + "; make room and continue with --resume"
         ) from error
-    for older in root.iterdir():
-        if older != final:
-            shutil.rmtree(older, ignore_errors=True)
+    for older in sorted(root.glob("[0-9]*"))[:-KEPT_CHECKPOINTS]:
+        shutil.rmtree(older, ignore_errors=True)
     return final
+
+
+def drop_untried_checkpoint(path: Path, step: int) -> Path | None:
+    """Remove the checkpoint of `step` if an older one exists, and return the newest that is left."""
+    newest = newest_checkpoint(path)
+    if newest and int(newest.name) == step and len(list(newest.parent.glob("[0-9]*"))) > 1:
+        shutil.rmtree(newest)
+    return newest_checkpoint(path)
 
 
 def newest_checkpoint(path: Path) -> Path | None:

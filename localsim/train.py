@@ -48,7 +48,7 @@ def train(
 
     Raises:
         TrainingFailed: a loss is not finite or a tap has collapsed; the last good checkpoint is kept.
-        Interrupted: by Ctrl-C or SIGTERM, after a checkpoint was written.
+        Interrupted: by Ctrl-C or SIGTERM, after the step and a checkpoint.
         UserError: a checkpoint cannot be read or written.
     """
     schedule = Schedule.of(config, loader.steps_per_epoch)
@@ -73,13 +73,17 @@ def train(
                 rate = schedule.rate(step)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
-                logs = (step + 1) % config.log_every == 0 or step + 1 == schedule.last_step
-                monitor.start_step(step + 1, batch.labels, checking=logs)
+                # not at max_steps: a run that is stopped and resumed must write the lines of one that is not
+                logs = (step + 1) % config.log_every == 0 or step + 1 == schedule.total_steps
+                monitor.start_step(step + 1, batch.labels)
                 try:
                     with HeldBytes(net.parameters()) if logs else contextlib.nullcontext() as held:
                         _one_step(net, batch, config, step, hooks)
+                    if logs:
+                        monitor.check(net, batch.views[0], config.precision)
                 except TrainingFailed as error:
-                    kept = runs.newest_checkpoint(path)
+                    # no step has been made from a checkpoint of this very step: it may hold what failed
+                    kept = runs.drop_untried_checkpoint(path, step)
                     raise TrainingFailed(f"{error}; " + (f"{kept} is kept" if kept else "no checkpoint yet")) from None
                 step += 1
                 images_since_log += len(batch.indices)
@@ -101,6 +105,7 @@ def train(
                 ends = step == schedule.last_step or step % loader.steps_per_epoch == 0
                 late = time.monotonic() - saved_at > 60 * config.checkpoint_minutes
                 if step == schedule.last_step or ((ends or late or stop.is_set()) and monitor.healthy):
+                    _check_finite(net, step)
                     runs.save_checkpoint(path, step, net, optimizer, monitor.state())
                     saved_at = time.monotonic()
                 if stop.is_set():
@@ -158,7 +163,7 @@ class StepCost:
 
 
 def rehearse(net: LocalNetwork, batch: Batch, config: Config) -> StepCost:
-    """Measure a step without learning from it: gradients are dropped and buffers put back as they were."""
+    """Measure a step without learning from it: gradients are dropped, buffers put back; leaves training mode on."""
     buffers = [buffer.clone() for buffer in net.buffers()]
     net.train()
     seconds = 0.0
@@ -184,6 +189,12 @@ def _one_step(net: LocalNetwork, batch: Batch, config: Config, step: int, hooks:
         views = tuple(view.contiguous(memory_format=torch.channels_last) for view in views)
     draws = key(config.seed, "step", step)
     return engine.backward(net, *views, labels=batch.labels, key=draws, precision=config.precision, hooks=hooks)
+
+
+def _check_finite(net: LocalNetwork, step: int) -> None:
+    for name, parameter in net.named_parameters():
+        if not parameter.isfinite().all():
+            raise TrainingFailed(f"{name} is not finite after step {step}; a lower --lr may help")
 
 
 def _drop(parameters: list[nn.Parameter]) -> None:

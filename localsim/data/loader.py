@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from math import ceil
 from pathlib import Path
 from typing import cast
 
@@ -18,6 +19,9 @@ from localsim.data.augment import Augmentation, augment_batch, crop_image, recol
 from localsim.data.datasets import ImageSet, Triple, warn_skipped
 from localsim.data.images import UnreadableImageError, decode
 from localsim.errors import UserError
+
+CHUNK = 64
+"""Most images a worker hands over at once: workers share a batch, and never hold whole ones in shared memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,10 +125,8 @@ class ViewLoader:
                 )
             views = []
             for view in range(self.num_views):
-                bytes_read = crops[:, view].to(self.device, non_blocking=True)
-                coloured = recolour_(
-                    bytes_read.float().div_(255), indices.numpy(), self.augmentation, view=view, key=key
-                )
+                cropped = crops[:, view].float().div_(255)
+                coloured = recolour_(cropped, indices.numpy(), self.augmentation, view=view, key=key)
                 views.append(self._normalise(coloured))
             yield Batch(tuple(views), _labels(self.images, indices, self.device), indices)
 
@@ -168,7 +170,7 @@ def _plain_batches(
     ):
         _warn_once(failures, skipped)
         if len(indices):
-            view = normalise(plain[:, 0].to(device, non_blocking=True).float().div_(255))
+            view = normalise(plain[:, 0].float().div_(255))
             yield Batch((view,), _labels(images, indices, device), indices)
     if len(skipped) == len(images):
         raise UserError(f"none of the {len(images)} images can be read")
@@ -176,6 +178,9 @@ def _plain_batches(
 
 Failure = tuple[str, str]
 """The path of an unreadable image, and what is wrong with it."""
+
+Chunk = tuple[list[int], Tensor | None, list[Failure]]
+"""The indices of the images that could be read, their views (None if there are none), and the failures."""
 
 
 class _Files(Dataset):
@@ -199,24 +204,39 @@ def _stream(
     workers: int,
     device: torch.device,
 ) -> Iterator[tuple[Tensor, Tensor, list[Failure]]]:
-    """Iterate over `(indices, views, failures)` of the images in `order`; `transform(image, index)` makes the views."""
+    """Iterate over `(indices, views, failures)` of the batches of `order`; `transform(image, index)` makes the views.
+
+    The workers deliver the batches in chunks, which are joined here, the views on `device`.
+    """
+    batches = [order[start : start + batch_size].split(CHUNK) for start in range(0, len(order), batch_size)]
     loader = DataLoader(
         _Files(cast(tuple, images.paths), transform),
-        sampler=cast(list[int], order.tolist()),
-        batch_size=batch_size,
+        batch_sampler=[chunk.tolist() for chunks in batches for chunk in chunks],
         num_workers=workers,
+        # a batch ahead, all workers together, but two chunks each at least, so that none is idle
+        prefetch_factor=max(2, ceil(batch_size / CHUNK / workers)) if workers else None,
         collate_fn=_collate,
         pin_memory=device.type == "cuda",
         generator=rng.generator("workers"),  # else it draws their seeds from torch's default generator
     )
-    return iter(loader)
+    loaded = iter(loader)
+    for chunks in batches:
+        yield _join([next(loaded) for _ in chunks], device)
 
 
-def _collate(items: list[tuple[int, Tensor | Failure]]) -> tuple[Tensor, Tensor, list[Failure]]:
+def _collate(items: list[tuple[int, Tensor | Failure]]) -> Chunk:
     read = [(index, views) for index, views in items if isinstance(views, Tensor)]
     failures = [failure for _, failure in items if not isinstance(failure, Tensor)]
-    indices = torch.tensor([index for index, _ in read], dtype=torch.int64)
-    return indices, torch.stack([views for _, views in read]) if read else torch.empty(0), failures
+    views = torch.stack([views for _, views in read]) if read else None
+    return [index for index, _ in read], views, failures
+
+
+def _join(chunks: list[Chunk], device: torch.device) -> tuple[Tensor, Tensor, list[Failure]]:
+    indices = torch.tensor([index for read, _, _ in chunks for index in read], dtype=torch.int64)
+    # copied one by one: the chunks are in pinned memory, as their concatenation on the CPU would not be
+    views = [views.to(device, non_blocking=True) for _, views, _ in chunks if views is not None]
+    failures = [failure for _, _, failed in chunks for failure in failed]
+    return indices, torch.cat(views) if views else torch.empty(0), failures
 
 
 def _crops(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from localsim.analysis.features import batch_features, calibrated, collect_features
+from localsim.analysis.extract import batch_features, calibrated, collect_features
 from localsim.analysis.probes import linear_probe, paired_bootstrap
 from localsim.analysis.stage_probe import ProbeTable, probe_networks
 from localsim.assembly import build_network

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as reference
 
+from localsim.data import loader as loader_module
 from localsim.data.augment import AUGMENTATIONS
 from localsim.data.datasets import ImageSet
 from localsim.data.loader import Batch, ViewLoader, plain_batches
@@ -96,6 +98,41 @@ def test_the_number_of_workers_changes_nothing(tmp_path):
     )
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_delivered_in_chunks_are_those_delivered_whole(tmp_path, monkeypatch, workers):
+    streamed, sizes = streamed_set(tmp_path), []
+
+    class Recording(DataLoader):
+        def __iter__(self):
+            for item in super().__iter__():
+                sizes.append(len(item[0]))
+                yield item
+
+    monkeypatch.setattr(loader_module, "DataLoader", Recording)
+
+    def load() -> tuple[list[Batch], list[Batch]]:
+        views = views_of(streamed, batch_size=5, workers=workers).epoch(0)
+        return list(views), list(plain_batches(streamed, size=12, batch_size=7, workers=workers, **NORMAL))
+
+    whole = load()
+    assert sizes == [5, 5, 7, 3]
+    sizes.clear()
+    monkeypatch.setattr(loader_module, "CHUNK", 2)
+    chunked = load()
+    assert sizes == [2, 2, 1] * 2 + [2, 2, 2, 1] + [2, 1]
+    for first, second in zip(whole, chunked, strict=True):
+        assert_same(first, second)
+    assert_same(chunked[0][1:], list(views_of(streamed, batch_size=5, workers=workers).epoch(0, start_step=1)))
+    in_memory = views_of(memory_set(), batch_size=5).epoch(0)
+    assert [b.indices.tolist() for b in chunked[0]] == [b.indices.tolist() for b in in_memory]
+
+
+def test_large_batches_are_the_same_for_any_number_of_workers(tmp_path):
+    streamed = streamed_set(tmp_path, num=loader_module.CHUNK + 6)
+    alone, shared = (views_of(streamed, batch_size=len(streamed), workers=workers).epoch(0) for workers in (0, 2))
+    assert_same(list(alone), list(shared))
+
+
 def test_a_view_is_the_same_in_batches_of_any_size(images):
     def by_image(batch_size):
         batches = views_of(images, batch_size=batch_size).epoch(0)
@@ -139,8 +176,9 @@ def test_loading_leaves_the_default_generator_alone(images):
     assert torch.equal(torch.rand(3), expected)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_unreadable_files_are_dropped_warned_of_once_and_counted(tmp_path, workers):
+@pytest.mark.parametrize(("workers", "chunk"), [(0, 64), (2, 64), (0, 1), (2, 1)])
+def test_unreadable_files_are_dropped_warned_of_once_and_counted(tmp_path, monkeypatch, workers, chunk):
+    monkeypatch.setattr(loader_module, "CHUNK", chunk)
     streamed = streamed_set(tmp_path, broken=(3, 7))
     loader = views_of(streamed, batch_size=5, workers=workers)
     with pytest.warns(UserWarning, match="skipped an unreadable image") as caught:

@@ -36,7 +36,7 @@ def batch_features(net: LocalNetwork, images: Tensor, *, precision: str = "full"
     features: dict[tuple[int, str], Tensor] = {}
     with torch.no_grad(), autocast:
         for stage, h in enumerate(net.stage_outputs(images)):
-            features[stage, RAW] = h.float().mean((2, 3))
+            features[stage, RAW] = h.mean((2, 3), dtype=torch.float32)
             for tap in net.taps:
                 if tap.stage == stage:
                     features.setdefault((stage, READOUT), tap.readout(h).float())
