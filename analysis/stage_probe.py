@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -188,7 +189,8 @@ def probe(
         ]
         for network in reversed(table.networks)
     }
-    title = f"Linear probe of raw stage output, {data.name}"
+    # of a folder only its last part: a whole path leaves no room for the axes
+    title = f"Linear probe of raw stage output, {Path(data.name).name}"
     figure = plots.accuracy_by_stage(curves, title=title, chance=table.rows[0].chance)
     figures = run.path / "figures"
     plots.save(figure, figures / ("accuracy_by_stage.png" if name == "probe" else f"accuracy_by_stage-{name}.png"))
@@ -303,7 +305,8 @@ def _paper_probe(
         epoch_of_features, on_device, y_test.to(net.device), num_classes=len(data.classes), epochs=epochs, seed=seed,
         report=report,  # type: ignore[arg-type]
     )  # fmt: skip
-    return {key: scores[_text(key)] for key in x_test}
+    made = {"n_train": len(train)}
+    return {key: replace(scores[_text(key)], settings={**scores[_text(key)].settings, **made}) for key in x_test}
 
 
 def _bytes_per_image(net: LocalNetwork, image_size: int) -> int:

@@ -80,7 +80,7 @@ def draw_views(data: Data, batch: Batch) -> Figure:
 def draw_credit(net: LocalNetwork) -> Figure:
     """Return a picture of the network's credit matrix."""
     names = [stage.name for stage in net.stages] if len(net.stages) <= 6 else None
-    return net.credit.draw(names, f"{net.credit.num_taps} losses: who may change whom")
+    return net.credit.draw(names, "Credit matrix")
 
 
 def peak_memory(device: torch.device) -> str:

@@ -117,6 +117,9 @@ def resolve(rule: str = "blockwise", preset: str | None = None, overrides: Mappi
     from localsim.rules.noise import Noise
     from localsim.rules.objectives import make_objective
 
+    for name, value in (("rule", rule), ("preset", preset), ("data", (overrides or {}).get("data"))):
+        if not isinstance(value, str | Path | None):
+            raise UserError(f"{name} is {value!r}; allowed: text")
     chosen = get_rule(rule)
     given = {name: value for name, value in (overrides or {}).items() if value is not None}
     for name in given:

@@ -1,11 +1,14 @@
 """What the documents tell a reader to type must work as it stands there."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
+from localsim.cli import _settings, make_parser
 from localsim.credit import Credit
+from localsim.presets import resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = (
@@ -52,13 +55,40 @@ def test_the_readme_names_only_what_exists():
 
 @pytest.mark.parametrize("file", ["README.md", "docs/paper.md", "docs/results.md", "CONTRIBUTING.md"])
 def test_every_localsim_command_in_the_documents_parses(file):
-    from localsim.cli import make_parser
-
     text = (ROOT / file).read_text()
     lines = [line for block in blocks(file, "bash") for line in block.splitlines()]
     lines += re.findall(r"`(localsim [^`\n]+)`", text)
     commands = [part.strip() for line in lines for part in line.split("&&") if part.strip().startswith("localsim ")]
     for command in commands:
-        words = [word for word in command.split("#")[0].split()[1:] if word != "..."]
-        if "--help" not in words:
-            make_parser().parse_args(words)
+        words = [word for word in shlex.split(command, comments=True)[1:] if word != "..."]
+        if "--help" in words:
+            continue
+        arguments = make_parser().parse_args(words)
+        if getattr(arguments, "set", []):
+            resolve(arguments.rule or "blockwise", arguments.preset, _settings(arguments.set))
+
+
+SNIPPETS = {
+    (file, snippet)
+    for file in ["README.md", "docs/paper.md", "docs/results.md", "CONTRIBUTING.md"]
+    for snippet in re.findall(r"`(--set [^`\n]+)`", (ROOT / file).read_text())
+    if "NAME=VALUE" not in snippet
+}
+
+
+@pytest.mark.parametrize(("file", "snippet"), sorted(SNIPPETS))
+def test_every_set_snippet_of_the_documents_is_a_setting(file, snippet):
+    """As a shell would split it: a value with braces and quotes needs quotes around it."""
+    arguments = make_parser().parse_args(["run", *shlex.split(snippet)])
+    settings = _settings(arguments.set)
+    config = resolve("blockwise", None, settings)
+    assert settings and all(getattr(config, name) == value for name, value in settings.items())
+
+
+def test_there_are_set_snippets_to_check():
+    assert len(SNIPPETS) >= 2
+
+
+def test_the_results_hold_a_table():
+    text = (ROOT / "docs/results.md").read_text()
+    assert re.search(r"^\|.*\|\n\|[ :|-]+\|\n\|.*\d.*\|$", text, flags=re.M), "docs/results.md has no table yet"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from localsim.analysis import stage_probe
 from localsim.analysis.extract import batch_features, calibrated, collect_features
 from localsim.analysis.probes import linear_probe, paired_bootstrap
 from localsim.analysis.stage_probe import ProbeTable, probe_networks
@@ -149,6 +150,57 @@ def test_the_gain_is_the_difference_to_the_untrained_network(table):
         assert row.gain == row.accuracy - base.accuracy
         assert row.gain_low <= row.gain <= row.gain_high
         assert base.gain is base.gain_low is base.gain_high is None
+        for one in (row, base):
+            assert one.calibrated_gain is one.calibrated_gain_low is one.calibrated_gain_high is None
+
+
+@pytest.fixture(scope="module")
+def controlled(networks, data) -> ProbeTable:
+    """The trained network beside both controls; it comes first, as a caller may give them in any order."""
+    batches = plain_batches(data.train, size=16, batch_size=20, mean=data.mean, std=data.std)
+    three = {
+        "blockwise": networks["blockwise"],
+        "calibrated": calibrated(networks["untrained"], batches),
+        "untrained": networks["untrained"],
+    }
+    return probe_networks(three, data, image_size=16)
+
+
+def test_beside_the_calibrated_control_there_is_a_gain_over_it_too(controlled):
+    assert controlled.networks == ["untrained", "calibrated", "blockwise"]
+    rows = controlled.select(network="blockwise")
+    for row in rows:
+        for control, prefix in (("untrained", ""), ("calibrated", "calibrated_")):
+            (base,) = controlled.select(network=control, stage=row.stage, features=row.features, probe=row.probe)
+            gain, low, high = (getattr(row, f"{prefix}gain{end}") for end in ("", "_low", "_high"))
+            assert gain == row.accuracy - base.accuracy and low <= gain <= high
+            assert base.gain is base.gain_low is base.gain_high is None
+            assert base.calibrated_gain is base.calibrated_gain_low is base.calibrated_gain_high is None
+    assert len(rows) == 12 and any(row.gain != row.calibrated_gain for row in rows)
+    assert ProbeTable.from_json(json.loads(json.dumps(controlled.to_json()))) == controlled
+    assert "calibrated_gain,calibrated_gain_low,calibrated_gain_high" in controlled.to_csv().splitlines()[0]
+
+
+def test_both_gains_are_printed_where_there_are_both_controls(controlled):
+    title, *blocks = str(controlled).split("\n\n")
+    assert "calibrated: untrained weights with the batch-norm statistics of training images" in title
+    heads = ["untrained", "calibrated", "blockwise", "gain over untrained", "gain over calibrated"]
+    for block in blocks:
+        heading, columns, *lines = block.splitlines()
+        probe, features = re.fullmatch(r"(\w+) probe, (\w+) features", heading).groups()
+        assert re.split(r"  +", columns.strip()) == ["stage", *heads]
+        assert len(lines) == 3
+        for stage, line in enumerate(lines, start=1):
+            found = {r.network: r for r in controlled.select(stage=stage, features=features, probe=probe)}
+            expected = [x for n in heads[:3] for x in (found[n].accuracy, found[n].low, found[n].high)]
+            row = found["blockwise"]
+            expected += [row.gain, row.gain_low, row.gain_high]
+            expected += [row.calibrated_gain, row.calibrated_gain_low, row.calibrated_gain_high]
+            numbers = [float(number) for number in re.findall(r"[-+]?\d\.\d{3}", line)]
+            assert numbers == pytest.approx(expected, abs=0.0005001)
+            # every cell stands under its heading
+            starts = [columns.index(head) for head in heads]
+            assert all(line[start - 1] == " " and line[start] != " " for start in starts)
 
 
 def test_a_row_is_the_probe_of_these_features_with_the_paired_interval(table, networks, data):
@@ -226,6 +278,32 @@ def test_fewer_training_images_can_be_asked_for(networks, data):
     assert {row.settings["n_train"] for row in table.rows} == {30}
 
 
+@pytest.mark.parametrize("protocol", ["logistic", "paper"])
+def test_features_of_training_images_stay_within_their_memory(protocol, monkeypatch):
+    """A ResNet-20 cut in three with readouts of width 8 has 16 + 32 + 64 + 3 * 8 numbers per image, in float32."""
+    many = load_data("embedded", image_size=16, train_images=300, test_images=40)
+    net, per_image = network(), 4 * (16 + 32 + 64 + 3 * 8)
+    monkeypatch.setattr(stage_probe, "FEATURE_BYTES", per_image * 250 + 1)
+    most = []
+
+    def collected(*args, **more):
+        features, labels = collect_features(*args, **more)
+        most.append(sum(x.numel() * x.element_size() for x in features.values()))
+        return features, labels
+
+    monkeypatch.setattr(stage_probe, "collect_features", collected)
+    options = {"epochs": 1} if protocol == "paper" else {}
+    table = probe_networks({"untrained": net}, many, image_size=16, protocol=protocol, **options)
+    assert most == [per_image * 250, per_image * 40]
+    assert {row.settings["n_train"] for row in table.select(probe="knn")} == {250}
+    # SGD streams its images and keeps none of their features
+    assert {row.settings["n_train"] for row in table.select(probe="linear")} == {300 if protocol == "paper" else 250}
+    # no less than 20 images a class, however little memory there is said to be
+    monkeypatch.setattr(stage_probe, "FEATURE_BYTES", 1)
+    table = probe_networks({"untrained": net}, many, image_size=16)
+    assert {row.settings["n_train"] for row in table.rows} == {200}
+
+
 # -- the paper's protocol ---------------------------------------------------------------------------------------------
 
 
@@ -257,6 +335,12 @@ def test_data_without_labels_are_refused(networks, data):
     unlabelled = dataclasses.replace(data, name="photos", classes=(), probe_train=None, test=None)
     with pytest.raises(UserError, match="data set 'photos' has no labelled training and test images to probe on"):
         probe_networks(networks, unlabelled, image_size=16)
+
+
+@pytest.mark.parametrize("options", [{"epochs": 3}, {"report": "last"}, {"epochs": 3, "report": "best"}], ids=str)
+def test_options_of_the_paper_protocol_are_refused_for_the_other(networks, data, options):
+    with pytest.raises(UserError, match="epochs and report have no meaning for protocol logistic; allowed with: paper"):
+        probe_networks(networks, data, image_size=16, **options)
 
 
 def test_an_unknown_protocol_or_report_is_refused(networks, data):

@@ -13,6 +13,7 @@ from tiny import TINY, assert_same_tensors, tiny_config, tiny_settings
 
 import localsim
 from localsim import experiment
+from localsim.analysis import probe
 from localsim.credit import Credit
 from localsim.data.images import decode
 from localsim.errors import UserError
@@ -60,8 +61,8 @@ def test_a_run_ends_with_a_probe_of_every_stage(finished):
     assert table is not None
     assert table.networks == ["untrained", "calibrated", *([rule] if rule != "untrained" else [])]
     for network in table.networks:
-        for probe in ("linear", "knn"):
-            rows = table.select(network=network, features="raw", probe=probe)
+        for kind in ("linear", "knn"):
+            rows = table.select(network=network, features="raw", probe=kind)
             assert [row.stage for row in rows] == list(range(1, num_stages + 1))
             assert all(0 <= row.low <= row.accuracy <= row.high <= 1 and row.n_test == 40 for row in rows)
     read = {row.stage for row in table.select(features="readout")}
@@ -98,7 +99,7 @@ def test_figures_are_pictures(finished):
 def test_the_plan_says_what_the_run_does(finished):
     plan = (finished.path / "plan.txt").read_text()
     rule, num_stages = finished.config.rule, STAGES[finished.config.rule]
-    assert f"rule {rule} on resnet20 (stem imagenet, 16 px), preset quick, seed 0" in plan
+    assert plan.splitlines()[0] == f"rule {rule} on resnet20 at 16 px, preset quick, seed 0"
     cuts = re.findall(r"^ +(\d+)  (stem|layer\d\.\d) ", plan, flags=re.MULTILINE)
     assert [int(stage) for stage, _ in cuts] == list(range(1, num_stages + 1)) and cuts[0][1] == "stem"
     assert "gradient path" in plan and str(finished.network().credit) in plan
@@ -110,9 +111,17 @@ def test_the_plan_says_what_the_run_does(finished):
         return
     assert "training: 2 epochs, 10 steps of 8 images x 2 views, adamw, peak learning rate 0.003" in plan
     assert re.search(r"measured cost: \d+\.\d\d s per step, \d+ MiB of activations", plan)
+    assert "then: linear (protocol logistic) and k-NN probes of every stage" in plan
     assert "parameters: trunk 269,072, readouts and heads " in plan
     # 0.024 * (d (1 + 1 / (n - 1)) + 0.0051 d (d - 1) / (n - 1)) with d = n = 8
     assert f"a normal loss: {0.024 * (8 * 8 / 7 + 0.0051 * 8):.3g} is what unrelated views would give" in plan
+
+
+def test_a_plan_names_the_cifar_stem(tmp_path):
+    config = tiny_config(backbone="resnet18", stem="cifar", train_images=16, probe_protocol="none")
+    lines = experiment.prepare(config).plan.splitlines()
+    assert lines[0] == "rule blockwise on resnet18 at 16 px with the CIFAR stem, preset quick, seed 0"
+    assert not any(line.startswith("then:") for line in lines)
 
 
 def test_what_is_printed_is_the_plan_the_table_and_where_it_lies(tmp_path, capsys):
@@ -132,8 +141,9 @@ def test_quiet_prints_nothing(tmp_path, capsys):
 
 def test_a_probe_can_be_left_out_and_made_later(tmp_path, capsys):
     run = localsim.run("untrained", out=tmp_path / "run", probe_protocol="none", **tiny_settings("untrained"))
-    assert run.probe() is None and "not probed" in capsys.readouterr().out
-    table = experiment.probe_run(run, protocol="paper", images=20, epochs=2, seed=3)
+    printed = capsys.readouterr().out
+    assert run.probe() is None and "not probed" in printed and "then: linear" not in printed
+    table = probe(run, protocol="paper", images=20, epochs=2, seed=3)
     assert run.probe() == table
     for row in table.select(probe="linear"):
         assert {name: row.settings[name] for name in ("protocol", "epochs", "report", "seed")} == {
@@ -144,7 +154,8 @@ def test_a_probe_can_be_left_out_and_made_later(tmp_path, capsys):
 @pytest.mark.parametrize("finished", ["end_to_end"], indirect=True)
 def test_probing_a_loaded_run_gives_the_table_that_was_kept(finished):
     kept = finished.probe()
-    assert experiment.probe_run(localsim.load_run(finished.path)) == kept
+    assert localsim.analysis.probe is probe
+    assert probe(localsim.load_run(finished.path)) == kept
 
 
 # -- settings ---------------------------------------------------------------------------------------------------------
@@ -241,6 +252,7 @@ def test_a_flat_folder_of_images_is_trained_on_and_not_probed(tmp_path, capsys):
     run = localsim.run(out=tmp_path / "run", **folder_settings(tmp_path / "photos"))
     printed = capsys.readouterr().out
     assert run.step == 2 and run.probe() is None
+    assert "then: linear" not in printed
     assert "17 training images, no labels, no probe" in printed and "nothing to probe" in printed
     assert all("online_probe" not in row for row in run.metrics())
     assert not (run.path / "figures" / "accuracy_by_stage.png").exists()

@@ -16,6 +16,8 @@ from localsim.backbones import UnitBlock
 from localsim.credit import Credit
 from localsim.monitor import Monitor, OnlineProbe, TrainingFailed, effective_rank, relative_spread, tap_names
 from localsim.network import LocalNetwork, Stage, Tap
+from localsim.rng import keyed
+from localsim.rules.noise import Noise, make_boundary
 
 WIDTH, CLASSES = 4, 3
 
@@ -24,10 +26,24 @@ def draws(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def small_net(credit: Credit | None = None) -> LocalNetwork:
+class Pooled(nn.Module):
+    """A readout that averages over positions, or answers whatever the test wants to be seen."""
+
+    shown: torch.Tensor | None = None
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return h.mean((2, 3)) if self.shown is None else self.shown
+
+
+def small_net(credit: Credit | None = None, noise: str = "none") -> LocalNetwork:
+    """Return stages that pass their input on: what the monitor must say of a batch can be read off the batch."""
     credit = credit or Credit.blockwise(2)
-    stages = [Stage([UnitBlock(f"u{i}", [("conv", nn.Conv2d(WIDTH, WIDTH, 1))])]) for i in range(credit.num_stages)]
-    taps = [Tap(stage, nn.Identity(), nn.Identity(), lambda z, labels: z[0].sum()) for stage in credit.taps]
+    stages = []
+    for i in range(credit.num_stages):
+        conv = nn.Conv2d(WIDTH, WIDTH, 1, bias=False)
+        nn.init.dirac_(conv.weight)
+        stages.append(Stage([UnitBlock(f"u{i}", [("conv", conv)])], make_boundary(Noise.parse(noise))))
+    taps = [Tap(stage, Pooled(), nn.Identity(), lambda z, labels: z[0].sum()) for stage in credit.taps]
     return LocalNetwork(stages, taps, credit)
 
 
@@ -130,28 +146,91 @@ LINE = draws(8, 1) * draws(1, 6)
 CLOSE = 1000 + 0.1 * draws(8, 6)
 
 
-def check(monitor: Monitor, z: torch.Tensor, step: int = 1, *, checking: bool = True, loss: float = 1.0) -> None:
-    monitor.start_step(step, None, checking)
-    monitor.on_tap(1, (z, z), torch.tensor(loss))
+def images(number: int = 8, seed: int = 0) -> torch.Tensor:
+    return draws(number, WIDTH, 3, 3, seed=seed).float()
+
+
+def check(monitor: Monitor, net: LocalNetwork, z: torch.Tensor, step: int) -> None:
+    """Check after `step` a network whose second tap embeds the images as `z`."""
+    net.taps[1].readout.shown = z
+    monitor.start_step(step, None)
+    monitor.check(net, images())
 
 
 @pytest.mark.parametrize("collapsed", [EQUAL, LINE, CLOSE])
 def test_three_collapsed_checks_in_a_row_stop_the_run(collapsed):
-    monitor = Monitor(small_net(), 0)
+    net = small_net()
+    monitor = Monitor(net, 0)
     for step, z in enumerate([collapsed, collapsed, GOOD, collapsed, collapsed]):
-        check(monitor, z, step)
+        check(monitor, net, z, step)
         assert monitor.healthy == (z is GOOD)
-    check(monitor, collapsed, 5, checking=False)
+    monitor.start_step(5, None)
+    monitor.on_tap(1, (collapsed, collapsed), torch.tensor(1.0))  # what training sees is not what is judged
     with pytest.raises(TrainingFailed, match=r"tap stage2 has collapsed at step 6: .* effective rank \d.\d\d of 6"):
-        check(monitor, collapsed, 6)
+        check(monitor, net, collapsed, 6)
+
+
+@pytest.mark.parametrize("noise", ["none", "all:0.25"])
+def test_boundary_noise_does_not_hide_a_stage_that_answers_the_same_to_every_image(noise):
+    """Noise differs from image to image: in training mode a dead stage shows as many dimensions as a healthy one."""
+    dead, healthy = small_net(noise=noise).train(), small_net(noise=noise).train()
+    conv = dead.stages[1].units[0].parts[0]
+    with torch.no_grad():
+        conv.weight.zero_()
+    conv.bias = nn.Parameter(torch.linspace(1, 2, WIDTH))
+    if noise != "none":
+        with keyed(0), torch.no_grad():
+            seen = list(dead.stage_outputs(images(64)))[1].mean((2, 3))
+        assert effective_rank(seen) > 3, "the noise alone shows as many dimensions as there are"
+    monitor, other = Monitor(dead, 0), Monitor(healthy, 0)
+    for step in (10, 20, 30):
+        monitor.start_step(step, None)
+        if step < 30:
+            monitor.check(dead, images(64, seed=step))
+            assert not monitor.healthy and dead.training
+        else:
+            sentence = (
+                r"tap stage2 has collapsed at step 30: .* 0.0e\+00 of their size and have effective rank 0.00 of 4"
+            )
+            with pytest.raises(TrainingFailed, match=sentence):
+                monitor.check(dead, images(64, seed=step))
+    assert monitor.ranks["stage2"] == monitor.embedding_ranks["stage2"] == 0
+    assert monitor.ranks["stage1"] > 3
+    for step in range(1, 8):
+        other.start_step(step, None)
+        other.check(healthy, images(64, seed=step))
+        assert other.healthy
+    # a clean pass: what is seen of the healthy network is exactly what its images are
+    assert other.ranks["stage2"] == pytest.approx(effective_rank(images(64, seed=7).mean((2, 3))), rel=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_check_leaves_the_network_and_the_generator_as_they_were(training):
+    net = small_net(noise="all:0.25")
+    net.stages[0].units[0].parts.append(nn.BatchNorm2d(WIDTH))
+    net.train(training)
+    before, generator = {name: x.clone() for name, x in net.state_dict().items()}, torch.get_rng_state()
+    Monitor(net, 0).check(net, images())
+    assert {module.training for module in net.modules()} == {training}
+    assert all(torch.equal(x, before[name]) for name, x in net.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+def test_embeddings_that_are_no_numbers_stop_the_run_at_once():
+    net = small_net()
+    monitor = Monitor(net, 0)
+    broken = GOOD.clone()
+    broken[3, 2] = math.nan
+    with pytest.raises(TrainingFailed, match="the embeddings of tap stage2 are not finite after step 4"):
+        check(monitor, net, broken, 4)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("checking", [True, False])
-def test_a_loss_that_is_no_number_names_its_tap(value, checking):
+def test_a_loss_that_is_no_number_names_its_tap(value):
     monitor = Monitor(small_net(), 0)
+    monitor.start_step(7, None)
     with pytest.raises(TrainingFailed, match=f"the loss of tap stage2 is {value} at step 7; a lower --lr may help"):
-        check(monitor, GOOD, 7, checking=checking, loss=value)
+        monitor.on_tap(1, (GOOD, GOOD), torch.tensor(value))
 
 
 def test_several_taps_on_one_stage_are_numbered():
@@ -159,38 +238,55 @@ def test_several_taps_on_one_stage_are_numbered():
     assert tap_names(small_net(credit)) == ["stage1", "stage2.1", "stage2.2"]
 
 
+def test_a_tap_that_needs_a_stage_above_is_shown_it():
+    class Joined(nn.Module):
+        def forward(self, read: torch.Tensor, above: torch.Tensor) -> torch.Tensor:
+            return torch.cat([read, above.mean((2, 3))], 1)
+
+    net = small_net()
+    net.taps[0].head, net.taps[0].context = Joined(), 1
+    monitor = Monitor(net, 0)
+    monitor.check(net, images())
+    twice = images().mean((2, 3)).repeat(1, 2)
+    assert monitor.embedding_ranks["stage1"] == pytest.approx(effective_rank(twice), rel=1e-4)
+
+
 # -- lines of metrics -------------------------------------------------------------------------------------------------
 
 
-def observe(monitor: Monitor, step: int, *, checking: bool) -> None:
-    monitor.start_step(step, torch.arange(8) % CLASSES, checking)
+def observe(monitor: Monitor, net: LocalNetwork, step: int, *, checking: bool) -> None:
+    monitor.start_step(step, torch.arange(8) % CLASSES)
     for index in range(2):
         maps = draws(8, WIDTH, 3, 3, seed=10 * step + index)
         monitor.on_stage(index, [maps, maps], (index,))
-        embedded = LINE if index else draws(8, 6, seed=step)
-        monitor.on_tap(index, (embedded, embedded), torch.tensor(float(step + index)))
+        monitor.on_tap(index, (GOOD, GOOD), torch.tensor(float(step + index)))
+    if checking:
+        net.taps[1].readout.shown = LINE
+        monitor.check(net, images(seed=step))
 
 
 def test_a_line_holds_means_since_the_last_and_ranks_of_the_check():
-    monitor = Monitor(small_net(), CLASSES)
+    net = small_net()
+    monitor = Monitor(net, CLASSES)
     for step in (1, 2, 6):
-        observe(monitor, step, checking=step == 6)
+        observe(monitor, net, step, checking=step == 6)
     line = monitor.flush()
     assert line["loss"] == {"stage1": 3, "stage2": 4}
-    assert line["embedding_rank"] == {"stage1": effective_rank(draws(8, 6, seed=6)), "stage2": pytest.approx(1)}
-    pooled = [draws(8, WIDTH, 3, 3, seed=60 + index).float().mean((2, 3)) for index in range(2)]
-    assert line["effective_rank"] == {"stage1": effective_rank(pooled[0]), "stage2": effective_rank(pooled[1])}
+    pooled = effective_rank(images(seed=6).mean((2, 3)))
+    assert line["embedding_rank"] == {"stage1": pytest.approx(pooled, rel=1e-5), "stage2": pytest.approx(1, abs=1e-4)}
+    assert line["effective_rank"] == {name: pytest.approx(pooled, rel=1e-5) for name in ("stage1", "stage2")}
     assert set(line["online_probe"]) == {"stage1", "stage2"}
-    observe(monitor, 9, checking=False)
+    observe(monitor, net, 9, checking=False)
     assert monitor.flush()["loss"] == {"stage1": 9, "stage2": 10}
     assert "online_probe" not in Monitor(small_net(), 0).flush()
 
 
 @pytest.mark.parametrize("num_classes", [CLASSES, 0])
 def test_a_restored_monitor_writes_the_same_lines(num_classes):
-    one, other = Monitor(small_net(), num_classes), Monitor(small_net(), num_classes)
+    net = small_net()
+    one, other = Monitor(net, num_classes), Monitor(net, num_classes)
     for step in (1, 2, 3):
-        observe(one, step, checking=step == 2)
+        observe(one, net, step, checking=step == 2)
     file = io.BytesIO()
     torch.save(one.state(), file)
     file.seek(0)
@@ -198,20 +294,21 @@ def test_a_restored_monitor_writes_the_same_lines(num_classes):
     assert not other.healthy
     for step in (4, 5):
         for monitor in (one, other):
-            observe(monitor, step, checking=step == 5)
+            observe(monitor, net, step, checking=step == 5)
     assert one.flush() == other.flush()
     for monitor in (one, other):
         with pytest.raises(TrainingFailed, match="tap stage2 has collapsed at step 6"):
-            observe(monitor, 6, checking=True)
+            observe(monitor, net, 6, checking=True)
 
 
 def test_a_kept_state_does_not_change_with_the_monitor():
-    monitor = Monitor(small_net(), CLASSES)
-    observe(monitor, 1, checking=True)
+    net = small_net()
+    monitor = Monitor(net, CLASSES)
+    observe(monitor, net, 1, checking=True)
     state = monitor.state()
     file = io.BytesIO()
     torch.save(state, file)
-    observe(monitor, 2, checking=True)
+    observe(monitor, net, 2, checking=True)
     file.seek(0)
     for name, value in torch.load(file, weights_only=True).items():
         if name == "probe":

@@ -116,6 +116,36 @@ def test_lines_of_metrics_come_every_log_every_steps_and_at_the_end(tmp_path):
             assert loss == pytest.approx(sum(window) / len(window), rel=1e-12)
 
 
+@pytest.mark.parametrize("stopped_at", [4, 6])
+def test_a_run_stopped_between_two_lines_and_resumed_writes_the_same_lines(tmp_path, stopped_at):
+    train_tiny(tmp_path / "whole", log_every=4)
+    train_tiny(tmp_path / "parts", log_every=4, max_steps=stopped_at)
+    assert [row["step"] for row in runs.read_metrics(tmp_path / "parts")] == [4], "a stop writes no line of its own"
+    train_tiny(tmp_path / "parts", log_every=4)
+    whole, parts = (runs.read_metrics(tmp_path / name) for name in ("whole", "parts"))
+    assert [row["step"] for row in parts] == [4, 8, 10]
+    assert timeless(parts) == timeless(whole)
+    assert_same_tensors(checkpoint_tensors(tmp_path / "parts"), checkpoint_tensors(tmp_path / "whole"))
+
+
+# -- what a run that fails leaves behind ------------------------------------------------------------------------------
+
+
+def kept_steps(path: Path) -> list[int]:
+    return sorted(int(folder.name) for folder in (path / "checkpoints").iterdir())
+
+
+def test_only_a_checkpoint_that_has_one_before_it_is_dropped_untried(tmp_path):
+    train_tiny(tmp_path, checkpoint_minutes=0, max_steps=3)
+    checkpoints = tmp_path / "checkpoints"
+    assert runs.drop_untried_checkpoint(tmp_path, 4) == checkpoints / "00000003"
+    assert kept_steps(tmp_path) == [2, 3], "a step has been made from the newest"
+    assert runs.drop_untried_checkpoint(tmp_path, 3) == checkpoints / "00000002"
+    assert runs.drop_untried_checkpoint(tmp_path, 2) == checkpoints / "00000002"
+    assert kept_steps(tmp_path) == [2]
+    assert runs.drop_untried_checkpoint(tmp_path / "none", 0) is None
+
+
 class _FailsAfter:
     """An objective that is not a number from its call after `good` on."""
 
@@ -127,31 +157,90 @@ class _FailsAfter:
         return self.objective(embeddings, labels) * (1 if self.left >= 0 else math.nan)
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+def fails_after(good: int):
     def alter(net: LocalNetwork) -> None:
-        net.taps[1].objective = _FailsAfter(net.taps[1].objective, good=6)
+        net.taps[1].objective = _FailsAfter(net.taps[1].objective, good)
 
-    with pytest.raises(TrainingFailed, match=r"loss of tap stage2 is nan at step 7; .*00000006 is kept") as caught:
-        train_tiny(tmp_path, alter=alter, checkpoint_minutes=0)
+    return alter
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_checkpoint_a_step_was_made_from(tmp_path):
+    # steps 1 to 6 succeed, step 7 fails on the weights of checkpoint 6: what is known to be good is checkpoint 5
+    told = r"loss of tap stage2 is nan at step 7; .*00000005 is kept"
+    with pytest.raises(TrainingFailed, match=told) as caught:
+        train_tiny(tmp_path, alter=fails_after(6), checkpoint_minutes=0)
     assert "\n" not in str(caught.value)
+    assert kept_steps(tmp_path) == [5]
     assert [row["step"] for row in runs.read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert all(x.isfinite().all() for x in checkpoint_tensors(tmp_path).values())
+    # resumed without the fault, it is the run that never failed
+    train_tiny(tmp_path)
+    train_tiny(tmp_path.with_name("whole"))
+    assert_same_tensors(checkpoint_tensors(tmp_path), checkpoint_tensors(tmp_path.with_name("whole")))
+    assert timeless(runs.read_metrics(tmp_path)) == timeless(runs.read_metrics(tmp_path.with_name("whole")))
+
+
+def test_a_failure_some_steps_after_a_checkpoint_keeps_that_checkpoint(tmp_path):
+    with pytest.raises(TrainingFailed, match=r"at step 8; .*00000005 is kept"):
+        train_tiny(tmp_path, alter=fails_after(7))
+    assert kept_steps(tmp_path) == [5]
+
+
+def test_a_failure_before_the_first_checkpoint_says_that_there_is_none(tmp_path):
+    with pytest.raises(TrainingFailed, match=r"at step 3; a lower --lr may help; no checkpoint yet"):
+        train_tiny(tmp_path, alter=fails_after(2))
+    assert runs.newest_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize("checkpoint_minutes", [0, 5.0])
+def test_an_absurd_learning_rate_stops_the_run_and_never_keeps_weights_that_are_no_numbers(
+    tmp_path, checkpoint_minutes
+):
+    settings = {"optimizer": "sgd", "lr": 1e25, "warmup_epochs": 0, "checkpoint_minutes": checkpoint_minutes}
+    told = r"(the loss of tap stage\d is|the embeddings of tap stage\d are|is not finite after step) .*; "
+    for _attempt in ("first", "resumed"):
+        with pytest.raises(TrainingFailed, match=told) as caught:
+            train_tiny(tmp_path, **settings)
+        assert "\n" not in str(caught.value)
+        if runs.newest_checkpoint(tmp_path) is not None:
+            assert all(x.isfinite().all() for x in checkpoint_tensors(tmp_path).values())
+
+
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
+    """The loss of the last step was a number, and nothing is computed from the weights it left."""
+
+    class Spoils(torch.nn.Module):
+        """Passes activity on; its gradient is infinite once `good` calls are over."""
+
+        def __init__(self, head: nn.Module, good: int) -> None:
+            super().__init__()
+            self.head, self.left = head, good
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.left -= 1
+            z = self.head(x)
+            if self.left < 0 and z.requires_grad:
+                z.register_hook(lambda grad: grad * math.nan)
+            return z
+
+    def alter(net: LocalNetwork) -> None:
+        net.taps[0].head = Spoils(net.taps[0].head, good=2 * 7)  # two views per step
+
+    with pytest.raises(TrainingFailed, match=r"is not finite after step 8"):
+        train_tiny(tmp_path, alter=alter, max_steps=8, log_every=100)
+    assert kept_steps(tmp_path) == [5]
     assert all(x.isfinite().all() for x in checkpoint_tensors(tmp_path).values())
 
 
-def test_an_absurd_learning_rate_stops_the_run_with_a_sentence(tmp_path):
-    with pytest.raises(TrainingFailed, match=r"loss of tap stage\d is (nan|inf) at step \d+; a lower --lr may help"):
-        train_tiny(tmp_path, optimizer="sgd", lr=1e25, warmup_epochs=0)
-
-
 class _CollapsesAfter(nn.Module):
-    """A head whose embeddings are all equal from its call after `good` on."""
+    """A head whose embeddings are all equal from its call after `good` training steps on."""
 
     def __init__(self, head: nn.Module, good: int) -> None:
         super().__init__()
         self.head, self.left = head, good
 
     def forward(self, x: Tensor) -> Tensor:
-        self.left -= 1
+        self.left -= self.training
         z = self.head(x)
         return z if self.left >= 0 else z * 0 + 1
 
@@ -162,7 +251,7 @@ def test_a_collapsed_tap_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_pa
 
     with pytest.raises(TrainingFailed, match=r"tap stage3 has collapsed at step 7: .*00000004 is kept"):
         train_tiny(tmp_path, alter=alter, checkpoint_minutes=0)
-    assert runs.checkpoint_step(tmp_path) == 4  # none of the three suspicious steps was kept
+    assert kept_steps(tmp_path) == [3, 4]  # none of the three suspicious steps was kept
 
 
 @pytest.mark.parametrize("rule", ["blockwise", "end_to_end"])
