@@ -32,8 +32,8 @@ CONTROLS = ("untrained", "calibrated")
 BATCH = 256
 FEATURE_BYTES = 4 * 2**30
 """Memory for the features of training images that logistic regression and k-NN see; on more images, a balanced part."""
-CALIBRATION_BATCHES = 32
-"""Batches from which the calibrated control takes its batch-norm statistics, as many as momentum 0.1 remembers."""
+CALIBRATION_BATCHES = 16
+"""Training batches from which the calibrated control takes its batch-norm statistics."""
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ _COMMON: dict[str, Any] = {
 # is at chance by construction, which makes any training look good.
 _QUICK: dict[str, Any] = {
     "zero_init_residual": False,
-    "probe_images": 2500,
+    "probe_images": 2000,
     "expand_width": 256,
     "projector": [256, 256, 256],
     "image_size": 32,

@@ -82,9 +82,7 @@ def train(
                     if logs:
                         monitor.check(net, batch.views[0], config.precision)
                 except TrainingFailed as error:
-                    # no step has been made from a checkpoint of this very step: it may hold what failed
-                    kept = runs.drop_untried_checkpoint(path, step)
-                    raise TrainingFailed(f"{error}; " + (f"{kept} is kept" if kept else "no checkpoint yet")) from None
+                    raise _failure(error, path, step) from None
                 step += 1
                 images_since_log += len(batch.indices)
                 if logs:
@@ -105,7 +103,10 @@ def train(
                 ends = step == schedule.last_step or step % loader.steps_per_epoch == 0
                 late = time.monotonic() - saved_at > 60 * config.checkpoint_minutes
                 if step == schedule.last_step or ((ends or late or stop.is_set()) and monitor.healthy):
-                    _check_finite(net, step)
+                    if bad := [name for name, p in net.named_parameters() if not p.isfinite().all()]:
+                        raise _failure(
+                            f"{bad[0]} is not finite after step {step}; a lower --lr may help", path, step - 1
+                        )
                     runs.save_checkpoint(path, step, net, optimizer, monitor.state())
                     saved_at = time.monotonic()
                 if stop.is_set():
@@ -191,10 +192,13 @@ def _one_step(net: LocalNetwork, batch: Batch, config: Config, step: int, hooks:
     return engine.backward(net, *views, labels=batch.labels, key=draws, precision=config.precision, hooks=hooks)
 
 
-def _check_finite(net: LocalNetwork, step: int) -> None:
-    for name, parameter in net.named_parameters():
-        if not parameter.isfinite().all():
-            raise TrainingFailed(f"{name} is not finite after step {step}; a lower --lr may help")
+def _failure(reason: object, path: Path, step: int) -> TrainingFailed:
+    """Return the error of a step that failed after `step` good ones, and drop the checkpoint that it started from.
+
+    No step has succeeded from a checkpoint of this very step: it may already hold what failed.
+    """
+    kept = runs.drop_untried_checkpoint(path, step)
+    return TrainingFailed(f"{reason}; " + (f"{kept} is kept" if kept else "no checkpoint yet"))
 
 
 def _drop(parameters: list[nn.Parameter]) -> None:
