@@ -35,7 +35,7 @@ def main(paths: list[str]) -> None:
             assert table is not None, f"{run.path} has not been probed"
             for network in table.networks:
                 rows = {row.stage: row for row in table.select(network=network, probe=probe, features="raw")}
-                # the untrained network of a seed is the same in every run, the calibrated one up to the noise of its rule
+                # the untrained network of a seed is the same in every run, the calibrated one up to noise
                 if network not in seen:
                     seen.add(network)
                     cells = [cell(rows[depths(run).index(depth) + 1]) for depth in shared]
