@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         # torch says so in its own ways on the CPU and on an accelerator
         if arguments.debug or not (
-            isinstance(error, MemoryError) or re.search("out of memory|not enough memory", str(error))
+            isinstance(error, MemoryError) or re.search("out of memory|not enough memory|allocate memory", str(error))
         ):
             raise
         print("localsim: out of memory; a smaller --batch-size, projector or image_size needs less", file=sys.stderr)
