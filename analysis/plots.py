@@ -117,7 +117,9 @@ def loss_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
     for tap, points in curves.items():
         step, loss = np.array(points, dtype=float).T
         (raw,) = axes.plot(step, loss, alpha=0.25, linewidth=0.9)
-        axes.plot(step, running_median(loss, len(loss) // 40), color=raw.get_color(), label=tap)
+        median = running_median(loss, len(loss) // 40)
+        # a single point is no line
+        axes.plot(step, median, color=raw.get_color(), label=tap, marker="o" if len(step) == 1 else None)
     axes.set(title="Training loss", xlabel="step", ylabel="loss")
     figure.legend(loc="outside right upper")
     return figure

@@ -190,7 +190,7 @@ def probe(
         for network in reversed(table.networks)
     }
     # of a folder only its last part: a whole path leaves no room for the axes
-    title = f"Linear probe of raw stage output, {Path(data.name).name}"
+    title = f"Linear probe of stages, {Path(data.name).name}"
     figure = plots.accuracy_by_stage(curves, title=title, chance=table.rows[0].chance)
     figures = run.path / "figures"
     plots.save(figure, figures / ("accuracy_by_stage.png" if name == "probe" else f"accuracy_by_stage-{name}.png"))

@@ -35,11 +35,12 @@ def main(paths: list[str]) -> None:
             assert table is not None, f"{run.path} has not been probed"
             for network in table.networks:
                 rows = {row.stage: row for row in table.select(network=network, probe=probe, features="raw")}
-                # the untrained network of a seed is the same in every run, the calibrated one up to noise
-                if network not in seen:
-                    seen.add(network)
+                # the untrained network of a seed is the same in every run, the calibrated one has the rule's noise
+                name = f"{network} ({run.config.rule})" if network == "calibrated" else network
+                if name not in seen:
+                    seen.add(name)
                     cells = [cell(rows[depths(run).index(depth) + 1]) for depth in shared]
-                    print(f"| {network} | " + " | ".join(cells) + " |")
+                    print(f"| {name} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

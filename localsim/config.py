@@ -60,11 +60,11 @@ class Config:
     # probe at the end of the run
     probe_protocol: str  # logistic, paper (Siddiqui et al. 2023), or none
     probe_images: int | None  # training images that the probes see; None: all
+    log_every: int = 10  # steps between lines of metrics
     # how it is run: does not change the numbers, may differ when a run is resumed
     max_steps: int | None = field(default=None, metadata={"free": True})  # stop after so many; the schedule stays
     device: str = field(default="auto", metadata={"free": True})
     workers: int = field(default=0, metadata={"free": True})  # processes that decode streamed images
-    log_every: int = 10  # steps between lines of metrics
     checkpoint_minutes: float = field(default=5.0, metadata={"free": True})  # besides the end of every epoch
 
     def __post_init__(self) -> None:

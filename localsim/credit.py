@@ -231,7 +231,10 @@ class Credit:
         """Return the matrix that `to_config` wrote down."""
         missing = [name for name in ("num_stages", "taps", "matrix") if name not in config]
         if missing:
-            raise UserError(f"the credit entry of the configuration lacks {', '.join(missing)}")
+            raise UserError(
+                f"the credit entry lacks {', '.join(missing)}; it looks like "
+                '{"num_stages": 2, "taps": [0, 1], "matrix": [[1, 0], [0, 1]]}, taps counted from 0'
+            )
         try:
             rows = config["matrix"] or np.zeros((0, config["num_stages"]))
             return cls(rows, tuple(config["taps"]))
