@@ -110,7 +110,7 @@ TINY = "--backbone resnet20 --set image_size=16 --set projector=[8,8] --set expa
         ("--set rule=[1]", "rule is [1]; allowed: text"),
         ("--set preset=[1]", "preset is [1]; allowed: text"),
         ("--set granularity=[4]", "granularity is [4]; allowed: a number, network, stage, block"),
-        ("--set credit={}", "the credit entry of the configuration lacks num_stages, taps, matrix"),
+        ("--set credit={}", "the credit entry lacks num_stages, taps, matrix"),
         (
             '--set credit={"num_stages":4,"taps":3,"matrix":[]}',
             "the credit entry needs num_stages (a number), taps and matrix (lists)",
