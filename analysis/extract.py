@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from localsim.data import Batch
+from localsim.engine import autocast
 from localsim.network import LocalNetwork
 from localsim.rng import keyed
 
@@ -32,9 +33,8 @@ def batch_features(net: LocalNetwork, images: Tensor, *, precision: str = "full"
     """
     if net.training:
         raise ValueError("features are taken in evaluation mode; call net.eval() first")
-    autocast = torch.autocast(net.device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
     features: dict[tuple[int, str], Tensor] = {}
-    with torch.no_grad(), autocast:
+    with torch.no_grad(), autocast(precision, net.device.type)():
         for stage, h in enumerate(net.stage_outputs(images)):
             features[stage, RAW] = h.mean((2, 3), dtype=torch.float32)
             for tap in net.taps:

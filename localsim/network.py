@@ -80,11 +80,6 @@ class Tap(nn.Module):
         self.context = context
 
     @property
-    def name(self) -> str:
-        """Its name in metrics and plots; stages count from 1 there."""
-        return f"stage{self.stage + 1}"
-
-    @property
     def fires(self) -> int:
         """The stage after whose forward pass its loss can be computed."""
         return self.stage if self.context is None else max(self.stage, self.context)

@@ -22,14 +22,6 @@ from localsim.network import LocalNetwork
 from localsim.presets import resolve
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def network(**settings) -> LocalNetwork:
     tiny = {"backbone": "resnet20", "image_size": 16, "expand_width": 8, "projector": [8, 8]}
     return build_network(resolve("blockwise", None, {**tiny, **settings}))

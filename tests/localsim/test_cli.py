@@ -138,14 +138,6 @@ def test_debug_shows_the_traceback():
         main(["run", "--rule", "hebb", "--debug"])
 
 
-@pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_run_probe_and_resume_from_the_command_line(capsys, tmp_path, one_thread):
     out = tmp_path / "first"
     assert main(["run", *TINY.split(), "--out", str(out)]) == 0

@@ -22,14 +22,6 @@ from localsim.rules import rules
 STAGES = {"blockwise": 3, "end_to_end": 3, "layerwise": 10, "untrained": 3}  # of a ResNet-20
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module", params=STAGES)
 def finished(request, tmp_path_factory) -> localsim.Run:
     return localsim.run(

@@ -32,14 +32,6 @@ from localsim.errors import UserError
 LOGGED = {"log_every": 2}  # so that a checkpoint may lie between two lines of metrics
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     """A run that nothing disturbed; not to be changed."""

@@ -28,14 +28,6 @@ GOLDEN = Path(__file__).parent / "golden_losses.txt"
 GOLDEN_STEPS = 20
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def golden_rows(path: Path) -> list[list[float]]:
     """Return step and loss per tap of twenty steps."""
     train_tiny(path, epochs=GOLDEN_STEPS // STEPS_PER_EPOCH)
