@@ -26,7 +26,8 @@ def batch_features(net: LocalNetwork, images: Tensor, *, precision: str = "full"
 
     Returns:
         `{(stage, "raw"): (n, channels)}`, the stage's map averaged over positions, and `{(stage, "readout"): (n, d)}`
-        for stages with a tap, its readout's output; float32. Of several taps on a stage the first is taken.
+        for stages with a tap whose readout gives a vector, that vector; float32. Of several taps on a stage the first
+        is taken.
 
     Raises:
         ValueError: the network is in training mode.
@@ -36,10 +37,12 @@ def batch_features(net: LocalNetwork, images: Tensor, *, precision: str = "full"
     features: dict[tuple[int, str], Tensor] = {}
     with torch.no_grad(), autocast(precision, net.device.type)():
         for stage, h in enumerate(net.stage_outputs(images)):
-            features[stage, RAW] = h.mean((2, 3), dtype=torch.float32)
+            features[stage, RAW] = net.pooled(h).float()
             for tap in net.taps:
-                if tap.stage == stage:
-                    features.setdefault((stage, READOUT), tap.readout(h).float())
+                if tap.stage == stage and (stage, READOUT) not in features:
+                    read = tap.readout(h)
+                    if read.ndim == 2:  # maps and patches are read by heads, not by probes
+                        features[stage, READOUT] = read.float()
     return features
 
 

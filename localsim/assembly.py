@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import inspect
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from localsim.backbones import Backbone, build_backbone, unit_shapes
+import torch
+from torch import Tensor, nn
+
+from localsim.backbones import Backbone, build_backbone, receptive_fields, unit_shapes
 from localsim.config import Config
 from localsim.credit import Credit
 from localsim.errors import UserError
-from localsim.network import LocalNetwork, Stage, Tap
+from localsim.network import IMAGES, LocalNetwork, Stage, Tap
 from localsim.partition import Stages, partition
+from localsim.patches import Patches
 from localsim.presets import resolve
 from localsim.rng import keyed
 from localsim.rules import get_rule
-from localsim.rules.heads import projector
+from localsim.rules.choices import at_tap, listed, options_at
+from localsim.rules.heads import make_head
 from localsim.rules.noise import Noise, make_boundary
-from localsim.rules.objectives import make_objective
+from localsim.rules.objectives import OBJECTIVES, make_objective
 from localsim.rules.readouts import make_readout
+from localsim.rules.site import Site
+from localsim.transport import set_transport
 
 
 def build(
@@ -30,7 +39,7 @@ def build(
     """Return the untrained network of a rule, e.g. `build("blockwise", granularity=4, backbone="resnet50")`.
 
     Args:
-        rule: its name, see `localsim.rules.rules`.
+        rule: its name, see `localsim.rules.rules`, or the path of a file that holds one.
         preset: where every other setting comes from; `imagenet` has the paper's widths (2.4 GB of projectors for
             four taps), `quick` small ones.
         credit: a matrix of your own in place of the rule's.
@@ -51,36 +60,159 @@ def build_network(config: Config) -> LocalNetwork:
     weights; every tap's head has draws of its own.
 
     Raises:
-        UserError: the partition, reach, readout or matrix does not fit the backbone.
+        UserError: the partition, reach, readout, head or matrix does not fit the backbone.
     """
     backbone, stages = build_trunk(config)
     credit = build_credit(config, len(stages))
     noise = Noise.parse(config.noise)
-    shapes = unit_shapes(backbone, config.image_size)
     net_stages = [Stage([backbone.units[unit] for unit in units], make_boundary(noise)) for units in stages]
-    taps = []
-    for tap, stage in enumerate(credit.taps):
-        with keyed(config.seed, "init", "readout", tap):
-            readout = make_readout(config.readout, shapes[stages[stage][-1]], expand_width=config.expand_width)
-        with keyed(config.seed, "init", "projector", tap if config.projector_init == "private" else 0):
-            head = projector(readout.out_features, config.projector)
-        taps.append(Tap(stage, readout, head, make_objective(config.objective, config.objective_options)))
-    return LocalNetwork(net_stages, taps, credit)
+    shapes = unit_shapes(backbone, trunk_size(config))
+    taps = [build_tap(config, backbone, stages, shapes, credit, tap) for tap in range(credit.num_taps)]
+    net = LocalNetwork(
+        net_stages,
+        taps,
+        credit,
+        patches=open_patches(config),
+        image_size=config.image_size,
+        transport=config.transport,
+    )
+    set_transport(_crossed(net, config.transport), config.transport, config.seed, error_width=_error_width(net, config))
+    return net
+
+
+def _crossed(net: LocalNetwork, transport: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules that gradients cross, by names that do not depend on the cuts.
+
+    Under direct feedback the taps' own layers are trained exactly: the error arises in their embeddings.
+    """
+    for stage in net.stages:
+        yield f"top of {stage.units[-1].name}", stage
+        for unit in stage.units:
+            for name, part in zip(unit.part_names, unit.parts, strict=True):
+                yield from part.named_modules(prefix=name)
+    if transport != "direct_feedback":
+        yield from net.taps.named_modules(prefix="taps")
+
+
+def build_tap(
+    config: Config,
+    backbone: Backbone,
+    stages: Stages,
+    shapes: list[tuple[int, int, int]],
+    credit: Credit,
+    tap: int,
+) -> Tap:
+    """Return one tap: readout, head and objective as the configuration lists them for it."""
+    stage, num_taps = credit.taps[tap], credit.num_taps
+    unit = stages[stage][-1]
+    objectives, heads, readouts = (
+        listed(text, what)
+        for text, what in ((config.objective, "objective"), (config.head, "head"), (config.readout, "readout"))
+    )
+    objective_name = at_tap(objectives, tap, num_taps, "objective")
+    head_name = at_tap(heads, tap, num_taps, "head")
+    place = tap / (num_taps - 1) if num_taps > 1 else 1.0
+    patches = open_patches(config)
+    with keyed(config.seed, "init", "readout", tap):
+        readout = make_readout(
+            at_tap(readouts, tap, num_taps, "readout"),
+            shapes[unit],
+            expand_width=config.expand_width,
+            grid=patches.grid(config.image_size) if patches else None,
+        )
+    plain_head: str = OBJECTIVES[objective_name].head
+
+    def end(width: int) -> nn.Module:
+        return make_head(plain_head, dataclasses.replace(site, shape=(width,)), kind="vector")
+
+    site = Site(
+        stage=stage,
+        num_stages=len(stages),
+        unit=unit,
+        num_units=len(backbone.units),
+        shape=readout.out_shape,
+        top_shape=shapes[-1],
+        above=backbone.units[unit + 1 :],
+        image_shape=(3, trunk_size(config), trunk_size(config)),
+        widths=tuple(config.projector),
+        num_classes=config.num_classes,
+        end=end,
+    )
+    with keyed(config.seed, "init", "projector", 0 if config.provenance == "identical" else tap):
+        head = make_head(head_name, site, options_at(config.head_options, head_name, heads, place), kind=readout.kind)
+    objective = make_objective(objective_name, options_at(config.objective_options, objective_name, objectives, place))
+    contexts = {"top": len(stages) - 1, "images": IMAGES}
+    made = Tap(stage, readout, head, objective, context=contexts.get(getattr(head, "context", "")))
+    if config.provenance == "frozen":
+        for parameter in made.parameters():
+            parameter.requires_grad = False
+    return made
 
 
 def build_trunk(config: Config) -> tuple[Backbone, Stages]:
     """Return the backbone and where it is cut."""
     with keyed(config.seed, "init", "trunk"):
-        backbone = build_backbone(config.backbone, stem=config.stem, zero_init_residual=config.zero_init_residual)
-    return backbone, partition(backbone, config.granularity, config.cuts, image_size=config.image_size)
+        backbone = build_backbone(
+            config.backbone,
+            stem=config.stem,
+            zero_init_residual=config.zero_init_residual,
+            width=config.backbone_width,
+        )
+    return backbone, partition(backbone, config.granularity, config.cuts, image_size=trunk_size(config))
 
 
 def build_credit(config: Config, num_stages: int) -> Credit:
-    """Return the credit matrix: an explicit one, or the rule's, or the rule's taps with another reach."""
+    """Return the credit matrix: an explicit one, or the rule's, with its own reach or another."""
     if config.credit is not None:
         own = Credit.from_config(config.credit)
         if own.num_stages != num_stages:
             raise UserError(f"the credit matrix has {own.num_stages} stages but the network has {num_stages}")
         return own
-    credit = get_rule(config.rule).credit(num_stages)
-    return credit if config.reach is None else Credit.banded(num_stages, config.reach, credit.taps)
+    make = get_rule(config.rule).credit
+    if config.reach is None:
+        return make(num_stages)
+    if len(inspect.signature(make).parameters) < 2:
+        raise UserError(f"rule {config.rule} has no reach to choose: its matrix follows from the number of stages")
+    return make(num_stages, config.reach)
+
+
+def open_patches(config: Config) -> Patches | None:
+    """Return how images are cut into patches, or None if they are not."""
+    return None if config.patches == "none" else Patches.parse(config.patches)
+
+
+def trunk_size(config: Config) -> int:
+    """Return the side in pixels of what enters the first stage: an image, or a patch."""
+    patches = open_patches(config)
+    return config.image_size if patches is None else patches.size
+
+
+def view_strengths(config: Config, net: LocalNetwork) -> list[float]:
+    """Return for every tap how strong its views are: 1, or the share of the image that its stage sees at a place.
+
+        strength = min(1, receptive field / image size),    where images are cut into patches of at most a patch's
+
+    Parthasarathy et al. 2023 (LCL-V2) scale deformations with the receptive field; the proportion is ours.
+    """
+    if config.view_strength == "uniform":
+        return [1.0] * len(net.taps)
+    fields = receptive_fields(build_trunk(config)[0])
+    last = [sum(net.units_per_stage[: tap.stage + 1]) - 1 for tap in net.taps]
+    return [min(fields[unit], trunk_size(config)) / config.image_size for unit in last]
+
+
+def _error_width(net: LocalNetwork, config: Config) -> int:
+    """Return how many numbers per image the widest embedding of a tap has: what direct feedback broadcasts."""
+    if config.transport != "direct_feedback" or not len(net.taps):
+        return 0
+    images = torch.zeros(2, 3, config.image_size, config.image_size)
+    net.eval()
+    with torch.no_grad():
+        outputs = [*net.stage_outputs(images), images]  # IMAGES is -1
+        widths = []
+        for tap in net.taps:
+            z = tap(outputs[tap.stage], None if tap.context is None else outputs[tap.context])
+            parts = (z,) if isinstance(z, Tensor) else z
+            widths.append(sum(part[0].numel() for part in parts))
+    net.train()
+    return max(widths)

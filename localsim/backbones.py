@@ -7,6 +7,7 @@ of a VGG with what follows it up to the next convolution.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -16,11 +17,17 @@ from torch import Tensor, nn
 
 from localsim.cifar_resnets import BLOCKS_PER_STAGE, CifarResNet
 from localsim.errors import UserError, one_of
+from localsim.unnormalised import preact_resnet50, vgg6
 
 STEMS = ("imagenet", "cifar")
 _RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
-_VGGS = ("vgg11", "vgg11_bn")
+_VGGS = ("vgg11", "vgg11_bn", "vgg6")
+# backbones with one stem only, and the kernel of its convolution
+_FIXED_STEMS = {**dict.fromkeys(_VGGS, "3x3"), "preact_resnet50": "5x5"}
+SCALABLE = ("vgg6", "preact_resnet50")
+"""The backbones whose channels can be scaled by a width."""
 _CLASSIFIERS = ("fc.", "classifier.")
+_SHORTCUTS = {"downsample", "shortcut"}
 # batch norm over a single image fails on a 1 x 1 map, so two are traced
 TRACE_BATCH = 2
 
@@ -77,35 +84,42 @@ class UnitTrace:
     saved: dict[int, int]
 
 
-def _torchvision_resnet(name: str, zero_init_residual: bool) -> nn.Module:
+def _torchvision_resnet(name: str, zero_init_residual: bool, width: float) -> nn.Module:
     import torchvision
 
     return torchvision.models.get_model(name, weights=None, zero_init_residual=zero_init_residual)
 
 
-def _torchvision_vgg(name: str, zero_init_residual: bool) -> nn.Module:
+def _torchvision_vgg(name: str, zero_init_residual: bool, width: float) -> nn.Module:
     import torchvision
 
     return torchvision.models.get_model(name, weights=None)
 
 
-def _cifar_resnet(name: str, zero_init_residual: bool) -> nn.Module:
+def _cifar_resnet(name: str, zero_init_residual: bool, width: float) -> nn.Module:
     return CifarResNet(BLOCKS_PER_STAGE[name], zero_init_residual=zero_init_residual)
 
 
-BACKBONES: dict[str, Callable[[bool], nn.Module]] = {
+BACKBONES: dict[str, Callable[[bool, float], nn.Module]] = {
     **{name: partial(_torchvision_resnet, name) for name in _RESNETS},
-    **{name: partial(_torchvision_vgg, name) for name in _VGGS},
+    **{name: partial(_torchvision_vgg, name) for name in ("vgg11", "vgg11_bn")},
     **{name: partial(_cifar_resnet, name) for name in BLOCKS_PER_STAGE},
+    "vgg6": lambda zero_init_residual, width: vgg6(width),
+    "preact_resnet50": lambda zero_init_residual, width: preact_resnet50(width, zero_init_residual=zero_init_residual),
 }
-"""Every backbone by name: the function that builds the whole model, given `zero_init_residual`."""
+"""Every backbone by name: the function that builds the whole model, given `zero_init_residual` and `width`."""
 
 
-def build_backbone(name: str, *, stem: str = "imagenet", zero_init_residual: bool = True) -> Backbone:
-    """Build a backbone with torchvision's own initialisation, from torch's default generator, without its classifier.
+def build_backbone(
+    name: str, *, stem: str = "imagenet", zero_init_residual: bool = True, width: float = 1.0
+) -> Backbone:
+    """Build a backbone with its own initialisation, from torch's default generator, without its classifier.
 
     ResNet-18 to 101 and VGG-11 are torchvision's (natural stages: stem + layer1, layer2, ...; the five pooling
-    groups of the VGG); ResNet-20, 32 and 110 are those of He et al. 2016, section 4.2, for 32 x 32 images.
+    groups of the VGG); ResNet-20, 32 and 110 are those of He et al. 2016, section 4.2, for 32 x 32 images. The networks
+    of patch-wise rules have no normalisation (`localsim.unnormalised`): `vgg6` is that of CLAPP, whose natural stages
+    are its six layers; `preact_resnet50` is that of Greedy InfoMax, the first three stages of a pre-activation
+    ResNet-50 on a 5x5 convolution of stride 1. Both run on patches of 16 x 16 pixels.
 
     Args:
         name: one of `BACKBONES`.
@@ -113,23 +127,36 @@ def build_backbone(name: str, *, stem: str = "imagenet", zero_init_residual: boo
             and the max-pool of ResNet-18 to 101 by one 3x3 convolution of stride 1, as is usual for 32 x 32 images;
             it is what ResNet-20, 32 and 110 have anyway.
         zero_init_residual: start the last batch norm of every residual block at zero, so that each block begins as
-            its shortcut (Goyal et al. 2017, arXiv:1706.02677, section 5.1). A VGG has no residual blocks.
+            its shortcut (Goyal et al. 2017, arXiv:1706.02677, section 5.1); in `preact_resnet50`, which has no
+            batch norm, the last convolution. A VGG has no residual blocks.
+        width: multiplies all channels of the `SCALABLE` backbones, rounded, at least 8; 1 for the others.
 
     Raises:
-        UserError: for an unknown name or stem, or the CIFAR stem on a VGG.
+        UserError: for an unknown name or stem, the CIFAR stem on a network whose stem is fixed, a width that is not
+            positive, or one other than 1 for a backbone that cannot be scaled.
     """
     if name not in BACKBONES:
         raise one_of("backbone", name, BACKBONES)
     if stem not in STEMS:
         raise one_of("stem", stem, STEMS)
-    if stem == "cifar" and name in _VGGS:
+    if stem == "cifar" and name in _FIXED_STEMS:
         raise UserError(
-            f"stem 'cifar' has no meaning for {name}, which begins with a 3x3 convolution; allowed: imagenet"
+            f"stem 'cifar' has no meaning for {name}, which begins with a {_FIXED_STEMS[name]} convolution; "
+            "allowed: imagenet"
         )
-    model = BACKBONES[name](zero_init_residual)
+    if not 0 < width < math.inf:
+        raise UserError(f"width {width!r} is no factor for channels; allowed: numbers above 0")
+    if width != 1 and name not in SCALABLE:
+        raise UserError(
+            f"width {width:g} has no meaning for {name}, whose channels are fixed; allowed: 1, "
+            f"or one of the backbones {', '.join(SCALABLE)}"
+        )
+    model = BACKBONES[name](zero_init_residual, width)
     if stem == "cifar" and name in _RESNETS:
         _shrink_stem(model)
     units, natural_cuts = _split_vgg(model) if name in _VGGS else _split_resnet(model)
+    if name == "vgg6":  # published in layers, not in pooling groups
+        natural_cuts = list(range(len(units)))
     return Backbone(name, tuple(units), tuple(natural_cuts))
 
 
@@ -284,3 +311,24 @@ def unit_shapes(backbone: Backbone, image_size: int) -> list[tuple[int, int, int
         UserError: as `trace_units`.
     """
     return [trace.shape for trace in trace_units(backbone, image_size)]
+
+
+def receptive_fields(backbone: Backbone) -> list[int]:
+    """Return the theoretical receptive field of one position of every unit block's output: its side, in pixels.
+
+    A layer with kernel `k` and stride `s` widens it by `(k - 1) jump` and multiplies `jump`, the pixels between
+    neighbouring positions, by `s`. Shortcuts are left out: they see part of what the main path sees. Borders are
+    ignored, so the field can be larger than the image.
+    """
+    fields, field, jump = [], 1, 1
+    for unit in backbone.units:
+        for name, module in unit.named_modules():
+            if not isinstance(module, nn.Conv2d | nn.MaxPool2d) or not _SHORTCUTS.isdisjoint(name.split(".")):
+                continue
+            kernel, stride = (
+                value[0] if isinstance(value, tuple) else value for value in (module.kernel_size, module.stride)
+            )
+            field += (kernel - 1) * jump
+            jump *= stride
+        fields.append(field)
+    return fields

@@ -25,6 +25,10 @@ examples:
   localsim run --rule blockwise --granularity 4        five minutes on two cores: the embedded data set, ResNet-50
   localsim run --rule end_to_end --seed 1              backpropagation, the control
   localsim run --rule blockwise --reach 2              every loss also changes the stage below its own
+  localsim run --objective vicreg --reach 2 --granularity 8    another loss, another reach, another cut
+  localsim run --rule loco --set schedule=sequential   one loss after the other, from the lowest up
+  localsim run --rule end_to_end --set transport=feedback_alignment    backpropagation without its weights
+  localsim run --rule my_rule.py                       a rule of your own, see CONTRIBUTING.md
   localsim run --rule layerwise --data cifar10         the cifar10 preset; images are looked for in --data-root
   localsim run --data my/images --set image_size=96    any folder of images
   localsim run --preset imagenet --data-root /data     the published configuration, 300 epochs
@@ -85,21 +89,30 @@ def make_parser() -> argparse.ArgumentParser:
 
     run = _command(commands, "run", "train a rule, probe every stage, draw the figures", RUN_EXAMPLES, _run)
     what = run.add_argument_group("what is learned where")
-    what.add_argument("--rule", metavar="NAME", help="blockwise (default), or another of `localsim rules`")
+    what.add_argument(
+        "--rule", metavar="NAME", help="blockwise (default), another of `localsim rules`, or path/to/your_rule.py"
+    )
     what.add_argument("--granularity", metavar="K", type=_int_or_word,
                       help="how many stages: a number, or network, stage (the backbone's own), block")  # fmt: skip
     what.add_argument("--cuts", metavar="WHERE",
                       help="auto, balanced (by held activations), or the unit blocks at which stages begin: "
                            "layer2.0,layer3.0")  # fmt: skip
     what.add_argument("--reach", metavar="N", type=int, help="how many stages down every loss's credit goes")
-    what.add_argument("--objective", metavar="NAME", help="what every tap minimises: barlow_twins")
-    what.add_argument("--readout", metavar="NAME", help="global, local2x2 (any k x k), expand, expand3x3")
+    what.add_argument("--objective", metavar="NAME",
+                      help="what every tap minimises: barlow_twins, vicreg, simclr, infonce, hinge, lpl, "
+                           "cross_entropy, supcon, ...; or one per tap: simclr,vicreg")  # fmt: skip
+    what.add_argument(
+        "--readout",
+        metavar="NAME",
+        help="global, local2x2 (any k x k), expand, expand3x3, subsample, residual2, map, patches",
+    )
     what.add_argument("--noise", metavar="KIND:SIGMA", help="none, or all, hw, channel with a sigma, e.g. all:0.25")
     much = run.add_argument_group("how much")
     much.add_argument(
         "--preset", metavar="NAME", help="quick (default without --data), cifar10, stl10, folder, imagenet"
     )
-    much.add_argument("--backbone", metavar="NAME", help="resnet18/34/50/101, resnet20/32/110 (CIFAR), vgg11")
+    much.add_argument("--backbone", metavar="NAME", help="resnet18/34/50/101, resnet20/32/110 (CIFAR), vgg11, vgg6, "
+                      "preact_resnet50")  # fmt: skip
     much.add_argument(
         "--data", metavar="NAME", help="embedded, cifar10, cifar100, stl10, imagenet, or a folder of images"
     )
@@ -119,6 +132,7 @@ def make_parser() -> argparse.ArgumentParser:
     probe = _command(commands, "probe", "linear and k-NN accuracy of every stage, beside the untrained network",
                      PROBE_EXAMPLES, _probe)  # fmt: skip
     probe.add_argument("runs", metavar="RUN", nargs="+", help="run folders")
+    probe.add_argument("--rule", metavar="FILE", help="the file of a rule of your own, for runs made with it; executed")
     probe.add_argument("--protocol", metavar="NAME", help="logistic, or paper (default: what the run's preset says)")
     probe.add_argument("--epochs", metavar="N", type=int, help="of the paper protocol (default 100)")
     probe.add_argument(
@@ -195,6 +209,10 @@ def _probe(arguments: argparse.Namespace) -> int:
     from localsim.analysis.stage_probe import probe
     from localsim.runs import load_run, writing
 
+    if arguments.rule:
+        from localsim.rules import get_rule
+
+        get_rule(arguments.rule)
     moved = {name: getattr(arguments, name) for name in ("data", "data_root", "device")}
     moved = {name: value for name, value in moved.items() if value is not None}
     options = {name: getattr(arguments, name) for name in ("protocol", "images", "seed", "epochs", "report")}
@@ -212,10 +230,19 @@ def _probe(arguments: argparse.Namespace) -> int:
 
 def _rules(arguments: argparse.Namespace) -> int:
     from localsim.rules import get_rule, rules
+    from localsim.rules.choices import choose
 
     for rule in [get_rule(arguments.name)] if arguments.name else rules.values():
         print(f"{rule.name}: {rule.summary}")
         print(f"  paper: {rule.paper}")
-        print(f"  cut: {rule.granularity}; readout {rule.readout}, objective {rule.objective}, noise {rule.noise}")
-        print("  " + str(rule.credit(arguments.stages)).replace("\n", "\n  ") + "\n")
+        chosen = choose(rule, {})
+        print(f"  cut: {rule.granularity}; readout {chosen['readout']}, head {chosen['head']}, "
+              f"objective {chosen['objective']}, noise {rule.noise}")  # fmt: skip
+        if rule.settings:
+            print("  also: " + ", ".join(f"{name}={value}" for name, value in rule.settings.items()))
+        try:
+            drawn = str(rule.credit(arguments.stages))
+        except UserError as error:  # a matrix for other numbers of stages must not end the list
+            drawn = f"no credit matrix for {arguments.stages} stages: {error}"
+        print("  " + drawn.replace("\n", "\n  ") + "\n")
     return 0

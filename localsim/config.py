@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from localsim.errors import UserError, one_of
+from localsim.transport import TRANSPORTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,24 +27,35 @@ class Config:
     cuts: str  # auto, balanced, or the unit blocks at which stages begin
     reach: int | None  # stages down that every tap's credit goes; None: the rule's own matrix
     credit: dict[str, Any] | None  # an explicit matrix (Credit.to_config); None: the rule's, or by reach
-    objective: str
-    objective_options: dict[str, Any]
+    objective: str  # one for all taps, or one per tap: "barlow_twins,vicreg,vicreg"; readout and head likewise
+    objective_options: dict[str, Any]  # {"from": a, "to": b} runs from the lowest tap to the highest
     readout: str
+    head: str
+    head_options: dict[str, Any]
     expand_width: int  # channels of the `expand` readout
     projector: list[int]  # widths of the projector's layers
-    projector_init: str  # private: drawn per tap; identical: one draw for all taps, as in the released code
+    provenance: str  # of readouts and heads. private: drawn per tap; identical: heads are copies of one draw; frozen
     noise: str  # none, or kind:sigma
+    schedule: str  # simultaneous, or sequential: one tap after the other, bottom-up, what lies below its reach frozen
+    feature_cache: bool  # sequential: keep the frozen stages' outputs on disk, with one draw of views per tap
+    view_strength: str  # uniform, or receptive_field: augmentation scaled with what a stage sees of the image
+    transport: str  # how a gradient crosses a layer, see localsim.transport
+    on_collapse: str  # stop, or continue
     # network
     backbone: str
+    backbone_width: float  # relative width of the networks without normalisation (vgg6, preact_resnet50)
+    patches: str  # none, or size:stride in pixels: images enter the network cut into patches
     stem: str
     zero_init_residual: bool
     image_size: int  # side of the square training images, in pixels
     # data
     data: str  # a data set's name, or a folder of images
+    num_classes: int | None  # width of classifiers; None without labels
     data_root: str | None = field(metadata={"free": True})  # where torchvision keeps its data sets
     train_images: int | None  # a class-balanced part of the training images; None: all
     test_images: int | None
     augmentation: str
+    views: int  # of every image, in every step
     # training
     epochs: int
     batch_size: int
@@ -68,7 +80,7 @@ class Config:
     checkpoint_minutes: float = field(default=5.0, metadata={"free": True})  # besides the end of every epoch
 
     def __post_init__(self) -> None:
-        for name in ("lr", "image_size", "epochs"):
+        for name in ("lr", "image_size", "epochs", "backbone_width"):
             value = getattr(self, name)
             if not (_is_number(value) and 0 < value < math.inf):
                 raise UserError(f"{name} is {value!r}; allowed: numbers above 0")
@@ -82,10 +94,13 @@ class Config:
         for name in _TEXT:
             if not isinstance(getattr(self, name), str):
                 raise UserError(f"{name} is {getattr(self, name)!r}; allowed: text")
-        for name in ("credit", "objective_options"):
+        for name in ("credit", "objective_options", "head_options"):
             value = getattr(self, name)
             if not (isinstance(value, dict) or (name == "credit" and value is None)):
                 raise UserError(f"{name} is {value!r}; allowed: a mapping of names to values")
+        if self.rule.endswith(".py"):
+            # a configuration comes with a run folder, perhaps a stranger's: it names rules, it never runs files
+            raise UserError(f"rule is {self.rule!r}, a file; allowed: the name of a rule")
         if not (self.data_root is None or isinstance(self.data_root, str)):
             raise UserError(f"data_root is {self.data_root!r}; allowed: the path of a folder")
         if isinstance(self.granularity, bool) or not isinstance(self.granularity, int | str | None):
@@ -100,6 +115,13 @@ class Config:
         object.__setattr__(self, "projector", list(widths))  # a tuple would differ from what config.json gives back
         if self.warmup_epochs >= self.epochs:
             raise UserError(f"warmup_epochs is {self.warmup_epochs:g}, which must be below epochs ({self.epochs})")
+        if self.schedule != "sequential":
+            for name, value, reason in (
+                ("view_strength", "receptive_field", "in one pass all stages see the same views"),
+                ("feature_cache", True, "without frozen stages there is nothing to keep"),
+            ):
+                if getattr(self, name) == value:
+                    raise UserError(f"{name} {value} needs schedule sequential: {reason}")
         if self.reach is not None and self.credit is not None:
             raise UserError("reach and an explicit credit matrix contradict each other; give one of them")
 
@@ -148,6 +170,8 @@ FREE = tuple(f.name for f in dataclasses.fields(Config) if f.metadata.get("free"
 
 _AT_LEAST = {
     "expand_width": 1,
+    "num_classes": 2,
+    "views": 1,
     "train_images": 1,
     "test_images": 1,
     "batch_size": 2,
@@ -163,13 +187,18 @@ _AT_LEAST = {
     "checkpoint_minutes": 0,
 }
 _WHOLE = (
-    "reach", "expand_width", "image_size", "train_images", "test_images", "epochs", "batch_size", "seed",
-    "probe_images", "max_steps", "workers", "log_every",
+    "reach", "expand_width", "num_classes", "views", "image_size", "train_images", "test_images", "epochs",
+    "batch_size", "seed", "probe_images", "max_steps", "workers", "log_every",
 )  # fmt: skip
-_TEXT = ("rule", "preset", "cuts", "objective", "readout", "projector_init", "noise", "backbone", "stem", "data",
+_TEXT = ("rule", "preset", "cuts", "objective", "readout", "head", "noise", "backbone", "patches", "stem", "data",
          "augmentation", "optimizer", "lr_scaling", "precision", "probe_protocol", "device")  # fmt: skip
 _ONE_OF = {
-    "projector_init": ("private", "identical"),
+    "provenance": ("private", "identical", "frozen"),
+    "schedule": ("simultaneous", "sequential"),
+    "feature_cache": (True, False),
+    "view_strength": ("uniform", "receptive_field"),
+    "transport": TRANSPORTS,
+    "on_collapse": ("stop", "continue"),
     "lr_scaling": ("linear", "none"),
     "precision": ("full", "bf16"),
     "probe_protocol": ("logistic", "paper", "none"),

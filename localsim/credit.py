@@ -79,7 +79,7 @@ class Credit:
         return cls.banded(num_stages, reach=1)
 
     @classmethod
-    def banded(cls, num_stages: int, reach: int, taps: Sequence[int] | None = None) -> Credit:
+    def banded(cls, num_stages: int, reach: int = 1, taps: Sequence[int] | None = None) -> Credit:
         """Return taps that each change their own stage and the `reach - 1` below it.
 
         C[t, i] = 1 for p(t) - reach < i <= p(t).
@@ -103,7 +103,7 @@ class Credit:
         return cls.banded(num_stages, reach, taps=range(reach - 1, num_stages))
 
     @classmethod
-    def chunked(cls, num_stages: int, size: int) -> Credit:
+    def chunked(cls, num_stages: int, size: int = 2) -> Credit:
         """Return chunks of `size` stages, each with one tap on top that changes the whole chunk (Laskin et al. 2020).
 
         Where `size` does not divide the number of stages the last chunk is shorter.
@@ -142,6 +142,12 @@ class Credit:
         """Return a matrix without taps: nothing is learned, the control that every comparison needs."""
         _positive("number of stages", num_stages)
         return cls(np.zeros((0, num_stages)), ())
+
+    def only(self, taps: Sequence[int]) -> Credit:
+        """Return the matrix of some of the taps alone, over the same stages."""
+        return Credit(
+            self.matrix[list(taps)].reshape(len(taps), self.num_stages), tuple(self.taps[tap] for tap in taps)
+        )
 
     # -- what the matrix implies -------------------------------------------------------------------------------------
 

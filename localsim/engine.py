@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from localsim.errors import UserError
-from localsim.network import LocalNetwork, Tap
+from localsim.network import IMAGES, Embedding, LocalNetwork, Tap
 from localsim.rng import keyed
+from localsim.transport import direct_reads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class Hooks:
     """
 
     on_stage: Callable[[int, list[Tensor], tuple[int, ...]], None] | None = None
-    on_tap: Callable[[int, tuple[Tensor, ...], Tensor], None] | None = None
+    on_tap: Callable[[int, tuple[Embedding, ...], Tensor], None] | None = None
     on_final: Callable[[list[nn.Parameter]], None] | None = None
 
 
@@ -52,7 +53,10 @@ class _Signal:
 
 @dataclass
 class _Segment:
-    """The graph of one stage: leaf inputs and outputs for every view, and the signals that arrived at its top."""
+    """The graph of one stage: leaf inputs and outputs for every view, and the signals that arrived at its top.
+
+    Under direct feedback `outputs` are what the stage's layers feed to the error, and signals pass by the stage.
+    """
 
     inputs: list[Tensor]
     outputs: list[Tensor]
@@ -68,6 +72,8 @@ def backward(
     eager: bool = True,
     precision: str = "full",
     hooks: Hooks | None = None,
+    taps: Sequence[int] | None = None,
+    start: int = 0,
 ) -> dict[int, Tensor]:
     """Run one forward pass of every view and add to every `.grad` what the credit matrix allows.
 
@@ -85,25 +91,30 @@ def backward(
         precision: `full` runs in the dtype of the weights; `bf16` runs stages, readouts and heads under bfloat16
             autocast. Objectives are computed in float32 (float64 for float64 weights) either way.
         hooks: see `Hooks`.
+        taps: indices of the taps that act; by default all. The others are not computed, and no stage above the last
+            one that the acting taps need is run.
+        start: the stage that the views enter. Above 0 they are outputs of the stage below it, which the acting taps
+            must not reach.
 
     Returns:
-        The detached loss of every tap, by its index in `net.taps`.
+        The detached loss of every acting tap, by its index in `net.taps`.
 
     Raises:
-        UserError: no view was given, or the precision is unknown.
+        UserError: no view was given, the precision is unknown, or an acting tap needs what is below `start`.
     """
     if not views:
         raise UserError("engine.backward needs at least one view of the images")
     if key is None:
         key = int(torch.randint(2**62, ()))
-    step = _Step(net, labels, key, precision, hooks or Hooks())
-    inputs = list(views)
-    for now in range(len(net.stages)):
+    step = _Step(net, labels, key, precision, hooks or Hooks(), range(len(net.taps)) if taps is None else taps, start)
+    inputs = step.enter(views)
+    above = len(net.stages) if taps is None else 1 + max((net.taps[tap].fires for tap in taps), default=start - 1)
+    for now in range(start, above):
         inputs = step.run_stage(now, inputs)
         if eager:
             step.fire_and_route(now)
     if not eager:
-        for now in range(len(net.stages)):
+        for now in range(start, above):
             step.fire_and_route(now)
     return step.losses
 
@@ -111,35 +122,64 @@ def backward(
 class _Step:
     """The state of one step: living segments, outputs that taps still wait for, and the losses so far."""
 
-    def __init__(self, net: LocalNetwork, labels: Tensor | None, key: int, precision: str, hooks: Hooks) -> None:
+    def __init__(
+        self,
+        net: LocalNetwork,
+        labels: Tensor | None,
+        key: int,
+        precision: str,
+        hooks: Hooks,
+        taps: Sequence[int],
+        start: int,
+    ) -> None:
         self.net = net
         self.labels = labels
         self.key = key
         self.hooks = hooks
+        self.start = start
+        self.direct = net.transport == "direct_feedback"
         self.autocast = autocast(precision, net.device.type)
-        self.waiting = dict(enumerate(net.taps))
-        self.last_use = net.credit.last_use([tap.fires for tap in net.taps])
+        self.waiting = {index: net.taps[index] for index in taps}
+        self.credit = net.credit.only(taps)
+        reads_below = any(tap.stage < start or tap.context == IMAGES for tap in self.waiting.values())
+        if start and (reads_below or self.credit.matrix[:, :start].any()):
+            raise UserError(f"a tap needs what is below stage {start + 1}, where the views enter")
+        self.last_use = self.credit.last_use([tap.fires for tap in self.waiting.values()])
         self.alive: dict[int, _Segment] = {}
         self.held: dict[int, list[Tensor]] = {}
         self.losses: dict[int, Tensor] = {}
 
     # -- forward -----------------------------------------------------------------------------------------------------
 
+    def enter(self, views: Sequence[Tensor]) -> list[Tensor]:
+        """Return what the first stage to run sees of the views."""
+        if self.start:
+            return list(views)
+        if any(tap.context == IMAGES for tap in self.waiting.values()):
+            self.held[IMAGES] = [view.detach() for view in views]
+        return [self.net.fold(view) for view in views]
+
     def run_stage(self, stage: int, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Run one stage on all views; return its detached outputs, the next stage's inputs."""
         module = self.net.stages[stage]
-        goes_below = any(
+        goes_below = not self.direct and any(
             tap_stage >= stage and row[:stage].any()
-            for tap_stage, row in zip(self.net.credit.taps, self.net.credit.matrix, strict=True)
+            for tap_stage, row in zip(self.credit.taps, self.credit.matrix, strict=True)
         )
         leaves = [x.detach().requires_grad_(goes_below) for x in inputs]
-        outputs = []
+        outputs, reads = [], []
         with torch.set_grad_enabled(self.last_use[stage] >= 0):
             for view, leaf in enumerate(leaves):
-                with keyed(self.key, "stage", stage, view, device=self.net.device), self.autocast():
+                with (
+                    keyed(self.key, "stage", stage, view, device=self.net.device),
+                    self.autocast(),
+                    direct_reads() as read,
+                ):
                     outputs.append(module(leaf))
+                    reads.append(read)
         if self.last_use[stage] >= 0:
-            self.alive[stage] = _Segment(leaves if goes_below else [], outputs, _trainable(module))
+            tops = [_per_image(read, self.net) for read in reads] if self.direct else outputs
+            self.alive[stage] = _Segment(leaves if goes_below else [], tops, _trainable(module))
         detached = [out.detach() for out in outputs]
         if any(stage in (tap.stage, tap.context) for tap in self.waiting.values()):
             self.held[stage] = detached
@@ -162,28 +202,32 @@ class _Step:
 
     def fire(self, index: int, tap: Tap) -> None:
         """Compute one tap's loss, add its own gradients, and leave its signal at the top of its stage's segment."""
-        credit = self.net.credit
-        wanted = credit.lowest(index) is not None
+        row = self.net.credit.matrix[index, : tap.stage + 1]
+        wanted = bool(row.any())
         parameters = _trainable(tap)
         contexts = [None] * len(self.held[tap.stage]) if tap.context is None else self.held[tap.context]
         reads = [h.detach().requires_grad_(wanted) for h in self.held[tap.stage]]
-        embeddings = []
+        embeddings: list[Embedding] = []
         for view, (read, context) in enumerate(zip(reads, contexts, strict=True)):
             with keyed(self.key, "tap", index, view, device=self.net.device), self.autocast():
-                embeddings.append(_at_least_float32(tap(read, context)))
+                embeddings.append(_each(_at_least_float32, tap(read, context)))
         with keyed(self.key, "objective", index, device=self.net.device):
             loss = tap.objective(tuple(embeddings), self.labels)
         self.losses[index] = loss.detach()
         if self.hooks.on_tap:
-            self.hooks.on_tap(index, tuple(z.detach() for z in embeddings), loss.detach())
-        targets = [*(reads if wanted else []), *parameters]
-        if not targets:
+            self.hooks.on_tap(index, tuple(_each(Tensor.detach, z) for z in embeddings), loss.detach())
+        errors = [_parts(z) for z in embeddings] if self.direct else [[read] for read in reads]
+        signalled = [x for parts in errors for x in parts if x.requires_grad] if wanted else []
+        targets = [*signalled, *parameters]
+        if not targets or not loss.requires_grad:
             return
         grads = torch.autograd.grad(loss, targets, allow_unused=True)
         if wanted:
-            signal = [torch.zeros_like(h) if g is None else g for h, g in zip(reads, grads, strict=False)]
-            self.alive[tap.stage].signals.append(_Signal(credit.matrix[index, : tap.stage + 1], signal))
-            grads = grads[len(reads) :]
+            found = {id(x): g for x, g in zip(signalled, grads, strict=False) if g is not None}
+            signal = [[found.get(id(x), torch.zeros_like(x)) for x in parts] for parts in errors]
+            joined = [_joined(g, self.alive[tap.stage].outputs[0]) if self.direct else g[0] for g in signal]
+            self.alive[tap.stage].signals.append(_Signal(row, joined))
+            grads = grads[len(signalled) :]
         self.finish(parameters, grads)
 
     # -- credit routing ----------------------------------------------------------------------------------------------
@@ -202,7 +246,10 @@ class _Step:
         segment = self.alive[stage]
         moving = [s for s in segment.signals if not s.sent and s.row[: for_stages_up_to + 1].any()]
         for group in _merged(moving, stage):
-            grads = torch.autograd.grad(segment.outputs, segment.inputs, group.grads, retain_graph=True)
+            if self.direct:
+                grads: Sequence[Tensor] = group.grads
+            else:
+                grads = torch.autograd.grad(segment.outputs, segment.inputs, group.grads, retain_graph=True)
             self.alive[stage - 1].signals.append(_Signal(group.row[:stage], list(grads)))
         for signal in moving:
             signal.sent = True
@@ -222,13 +269,15 @@ class _Step:
         parameter_grads: Sequence[Tensor | None] = [None] * len(segment.parameters)
         for number, (signal, weight, goes_below) in enumerate(jobs):
             inputs = segment.inputs if goes_below else []
+            if goes_below and self.direct:
+                self.alive[stage - 1].signals.append(_Signal(signal.row[:stage], signal.grads))
             targets = [*inputs, *(segment.parameters if weight > 0 else [])]
             if not targets:
                 continue
             grads = torch.autograd.grad(
                 segment.outputs, targets, signal.grads, retain_graph=number + 1 < len(jobs), allow_unused=True
             )
-            if goes_below:
+            if inputs:
                 below_grads = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads, strict=False)]
                 self.alive[stage - 1].signals.append(_Signal(signal.row[:stage], below_grads))
             if weight > 0:
@@ -273,6 +322,25 @@ def _summed(signals: Sequence[_Signal], stage: int) -> _Signal:
 
 def _trainable(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def _parts(z: Embedding) -> tuple[Tensor, ...]:
+    return (z,) if isinstance(z, Tensor) else z
+
+
+def _each(function: Callable[[Tensor], Tensor], z: Embedding) -> Embedding:
+    return function(z) if isinstance(z, Tensor) else tuple(function(part) for part in z)
+
+
+def _joined(parts: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Return the error of every image as one vector, with zeros up to the width of the taps' widest error."""
+    error = torch.cat([part.flatten(1) for part in parts], dim=1).to(like.dtype)
+    return nn.functional.pad(error, (0, like.shape[1] - error.shape[1]))
+
+
+def _per_image(reads: Sequence[Tensor], net: LocalNetwork) -> Tensor:
+    """Return the sum of the layers' direct reads, over the patches of every image too."""
+    return torch.stack(list(reads)).sum(0).unflatten(0, (-1, net.patches_per_image)).sum(1)
 
 
 def _at_least_float32(z: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from localsim.analysis.stage_probe import probe
 from localsim.assembly import build_network
 from localsim.config import FREE, Config
 from localsim.credit import Credit
-from localsim.data import Data, ViewLoader
+from localsim.data import Batch, Data, ViewLoader
 from localsim.errors import UserError
 from localsim.files import write_text
 from localsim.network import LocalNetwork
@@ -28,7 +28,8 @@ from localsim.presets import PRESETS, resolve
 from localsim.rng import key
 from localsim.rules import get_rule
 from localsim.runs import Run
-from localsim.train import Schedule, rehearse, train
+from localsim.schedule import Schedule
+from localsim.train import rehearse, train
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -108,15 +109,29 @@ def prepare(config: Config) -> Prepared:
     data = open_data(config)
     loader = open_loader(config, data, device)
     if len(net.taps):
-        Schedule.of(config, loader.steps_per_epoch).optimizer(net, config)
+        Schedule.of(config, loader.steps_per_epoch, len(net.taps)).optimizer(net, config)
     if data.test is not None and len(data.test) < MIN_TEST_IMAGES and config.probe_protocol != "none":
         raise UserError(
             f"{data.name!r} has {len(data.test)} test images; a probe needs {MIN_TEST_IMAGES} or more "
             "(--set probe_protocol=none trains without one)"
         )
     batch = next(iter(loader.epoch(0)))
+    check_labels(config, net, data, batch)
     cost = rehearse(net, batch, config) if len(net.taps) else None
     return Prepared(data, net, loader, describe(config, net, data, loader, cost), draw_views(data, batch))
+
+
+def check_labels(config: Config, net: LocalNetwork, data: Data, batch: Batch) -> None:
+    """Raise UserError if a tap needs labels that the training images lack, or other classes than they have."""
+    if not any(getattr(tap.objective, "needs_labels", False) for tap in net.taps):
+        return
+    if batch.labels is None:
+        raise UserError(f"objective {config.objective} needs labels, which the training images of {data.name!r} lack")
+    if len(data.classes) != config.num_classes:
+        raise UserError(
+            f"{data.name!r} has {len(data.classes)} classes, but num_classes is {config.num_classes}; "
+            f"give --set num_classes={len(data.classes)}"
+        )
 
 
 def _carry_out(opened: Run, prepared: Prepared, say: Say, *, progress: bool) -> None:
@@ -149,7 +164,7 @@ def _reopen(rule: str | None, preset: str | None, out: str | Path | None, settin
     if out is None:
         out = _default_folder(resolve(rule or "blockwise", preset, settings))
     opened = runs.load_run(out)
-    given = {**settings, "rule": rule, "preset": preset}
+    given = {**settings, "rule": get_rule(rule).name if rule else None, "preset": preset}
     changed = opened.config.changed_by({name: value for name, value in given.items() if value is not None})
     if changed:
         name, (there, here) = next(iter(changed.items()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from localsim import engine
 from localsim.errors import TrainingFailed
-from localsim.network import LocalNetwork
+from localsim.network import IMAGES, Embedding, LocalNetwork
 
 COLLAPSED_RANK = 1.1
 COLLAPSED_SPREAD = 1e-3
@@ -76,9 +77,11 @@ class OnlineProbe:
         error = logits.softmax(1) - F.one_hot(labels, self.num_classes)
         self.weights[stage] = weights - self.LEARNING_RATE * x.T @ error / len(labels)
 
-    def flush(self) -> list[float]:
-        """Return the accuracy per stage since the last call."""
-        accuracy = [hits / max(seen, 1) for hits, seen in zip(self.hits, self.seen, strict=True)]
+    def flush(self) -> dict[int, float]:
+        """Return the accuracy of every stage that was observed since the last call."""
+        accuracy = {
+            stage: hits / seen for stage, (hits, seen) in enumerate(zip(self.hits, self.seen, strict=True)) if seen
+        }
         self.hits, self.seen = [0] * len(self.hits), [0] * len(self.seen)
         return accuracy
 
@@ -86,13 +89,15 @@ class OnlineProbe:
 class Monitor:
     """Collects what the engine's hooks show, and what a clean pass shows, and turns it into one line of metrics."""
 
-    def __init__(self, net: LocalNetwork, num_classes: int) -> None:
+    def __init__(self, net: LocalNetwork, num_classes: int, *, stops: bool = True) -> None:
+        self.stops = stops
+        self.pooled = net.pooled
         self.stage_names = [f"stage{i + 1}" for i in range(len(net.stages))]
         self.tap_names = tap_names(net)
         self.probe = OnlineProbe(len(net.stages), num_classes) if num_classes else None
         self.suspicions = [0] * len(net.taps)
         self.loss_sum = [0.0] * len(net.taps)
-        self.num_steps = 0
+        self.num_steps = [0] * len(net.taps)
         self.step = 0
         self.labels: Tensor | None = None
         self.ranks: dict[str, float] = {}
@@ -101,14 +106,13 @@ class Monitor:
     def start_step(self, step: int, labels: Tensor | None) -> None:
         """Say which step begins, counted from 1."""
         self.step, self.labels = step, labels
-        self.num_steps += 1
 
     def on_stage(self, stage: int, outputs: list[Tensor], alive: tuple[int, ...]) -> None:
         """Engine hook: feed the online probe."""
         if self.probe is not None and self.labels is not None:
-            self.probe.observe(stage, outputs[0].mean((2, 3), dtype=torch.float32), self.labels)
+            self.probe.observe(stage, self.pooled(outputs[0]).float(), self.labels)
 
-    def on_tap(self, tap: int, embeddings: tuple[Tensor, ...], loss: Tensor) -> None:
+    def on_tap(self, tap: int, embeddings: tuple[Embedding, ...], loss: Tensor) -> None:
         """Engine hook: add up the loss; TrainingFailed if it is not a number."""
         value = loss.item()
         if not math.isfinite(value):
@@ -116,37 +120,70 @@ class Monitor:
                 f"the loss of tap {self.tap_names[tap]} is {value} at step {self.step}; a lower --lr may help"
             )
         self.loss_sum[tap] += value
+        self.num_steps[tap] += 1
 
-    def check(self, net: LocalNetwork, images: Tensor, precision: str = "full") -> None:
+    def check(
+        self,
+        net: LocalNetwork,
+        views: Tensor,
+        precision: str = "full",
+        taps: Sequence[int] | None = None,
+        start: int = 0,
+    ) -> None:
         """Measure effective ranks on a clean pass, and stop a run that has collapsed.
 
         Boundary noise differs from image to image, so in training mode even a network that maps all images to one point
         shows as many dimensions as a healthy one. The pass is made in evaluation mode, on at most `CHECKED_IMAGES`.
 
+        Args:
+            net: its mode is put back afterwards, stage by stage.
+            views: images, or outputs of stage `start - 1`.
+            precision: of the pass.
+            taps: those that act, by default all.
+            start: the stage that `views` enter.
+
         Raises:
-            TrainingFailed: a tap's embeddings have collapsed at this and the two checks before, or are not finite.
+            TrainingFailed: a tap's embeddings have collapsed at this and the two checks before (unless the monitor was
+                told to go on), or are not finite.
         """
-        was_training = net.training
+        taps = range(len(net.taps)) if taps is None else taps
+        # what was suspected of a tap that no longer acts must not keep the others from their checkpoints
+        self.suspicions = [count if tap in taps else 0 for tap, count in enumerate(self.suspicions)]
+        modes = [(module, module.training) for module in (net, *net.stages)]
         net.eval()
+        outputs: dict[int, Tensor] = {}
         with torch.no_grad(), engine.autocast(precision, net.device.type)():
-            outputs = list(net.stage_outputs(images[:CHECKED_IMAGES]))
-            contexts = [None if tap.context is None else outputs[tap.context] for tap in net.taps]
-            embeddings = [tap(outputs[tap.stage], c).float() for tap, c in zip(net.taps, contexts, strict=True)]
-        net.train(was_training)
-        for name, z in zip(self.tap_names, embeddings, strict=True):
+            views = views[: CHECKED_IMAGES * (net.patches_per_image if start else 1)]
+            h = views if start else net.fold(views)
+            outputs[IMAGES] = views
+            for stage in range(start, 1 + max((net.taps[tap].fires for tap in taps), default=start - 1)):
+                outputs[stage] = h = net.stages[stage](h)
+            embeddings = {}
+            for index in taps:
+                tap = net.taps[index]
+                z = tap(outputs[tap.stage], None if tap.context is None else outputs[tap.context])
+                embeddings[index] = (z if isinstance(z, Tensor) else z[0]).flatten(1).float()
+        for module, mode in modes:
+            module.train(mode)
+        for index, z in embeddings.items():
             if not z.isfinite().all():
-                raise TrainingFailed(f"the embeddings of tap {name} are not finite after step {self.step}")
-        for name, h in zip(self.stage_names, outputs, strict=True):
-            self.ranks[name] = effective_rank(h.mean((2, 3), dtype=torch.float32))
-        for tap, (name, z) in enumerate(zip(self.tap_names, embeddings, strict=True)):
-            rank, spread = effective_rank(z), relative_spread(z)
+                raise TrainingFailed(
+                    f"the embeddings of tap {self.tap_names[index]} are not finite after step {self.step}"
+                )
+        self.ranks = {
+            self.stage_names[stage]: effective_rank(net.pooled(h)) for stage, h in outputs.items() if stage != IMAGES
+        }
+        self.embedding_ranks = {}
+        for index, z in embeddings.items():
+            name, rank, spread = self.tap_names[index], effective_rank(z), relative_spread(z)
             self.embedding_ranks[name] = rank
             collapsed = rank < COLLAPSED_RANK or spread < COLLAPSED_SPREAD
-            self.suspicions[tap] = self.suspicions[tap] + 1 if collapsed else 0
-            if self.suspicions[tap] >= PATIENCE:
+            self.suspicions[index] = self.suspicions[index] + 1 if collapsed and self.stops else 0
+            if self.suspicions[index] >= PATIENCE:
                 raise TrainingFailed(
                     f"tap {name} has collapsed at step {self.step}: its embeddings of different images differ by "
-                    f"{spread:.1e} of their size and have effective rank {rank:.2f} of {z.shape[1]}"
+                    f"{spread:.1e} of their size and have effective rank {rank:.2f} of {z.shape[1]} "
+                    "(--set on_collapse=continue trains on)"
                 )
 
     @property
@@ -155,17 +192,20 @@ class Monitor:
         return not any(self.suspicions)
 
     def flush(self) -> dict[str, Any]:
-        """Return the mean loss since the last call, the latest ranks, and the online probe's accuracy."""
-        num_steps = max(self.num_steps, 1)
+        """Return the mean loss since the last call, the latest ranks, and the online probe's accuracy.
+
+        Taps that did not act and stages that were not run are left out.
+        """
+        losses = zip(self.tap_names, self.loss_sum, self.num_steps, strict=True)
         row: dict[str, Any] = {
-            "loss": {name: total / num_steps for name, total in zip(self.tap_names, self.loss_sum, strict=True)},
+            "loss": {name: total / steps for name, total, steps in losses if steps},
             "effective_rank": dict(self.ranks),
             "embedding_rank": dict(self.embedding_ranks),
         }
         if self.probe is not None:
-            row["online_probe"] = dict(zip(self.stage_names, self.probe.flush(), strict=True))
+            row["online_probe"] = {self.stage_names[stage]: share for stage, share in self.probe.flush().items()}
         self.loss_sum = [0.0] * len(self.tap_names)
-        self.num_steps = 0
+        self.num_steps = [0] * len(self.tap_names)
         return row
 
     def state(self) -> dict[str, Any]:
@@ -175,13 +215,13 @@ class Monitor:
             "probe": None if probe is None else [list(probe.weights), list(probe.hits), list(probe.seen)],
             "suspicions": list(self.suspicions),
             "loss_sum": list(self.loss_sum),
-            "num_steps": self.num_steps,
+            "num_steps": list(self.num_steps),
         }
 
     def load_state(self, state: dict[str, Any], device: torch.device) -> None:
         """Take up the state that `state` returned."""
         self.suspicions, self.loss_sum = list(state["suspicions"]), list(state["loss_sum"])
-        self.num_steps = state["num_steps"]
+        self.num_steps = list(state["num_steps"])
         if self.probe is not None and state["probe"] is not None:
             weights, self.probe.hits, self.probe.seen = state["probe"]
             self.probe.weights = [None if w is None else w.to(device) for w in weights]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +12,20 @@ from torch import Tensor, nn
 from localsim.backbones import UnitBlock, load_trunk_state_dict, trunk_state_dict
 from localsim.credit import Credit
 from localsim.errors import UserError
+from localsim.patches import Patches
+
+Embedding = Tensor | tuple[Tensor, ...]
+"""What a head makes of a readout: a vector per image `(n, d)`, or several tensors, the first one entry per image."""
+
+IMAGES = -1
+"""The context that is below all stages: h_0, the images."""
 
 
 class Objective(Protocol):
     """What a tap minimises."""
 
-    def __call__(self, embeddings: tuple[Tensor, ...], labels: Tensor | None) -> Tensor:
-        """Return the scalar loss of the embeddings `(n, d)` of every view, with labels `(n,)` or None."""
+    def __call__(self, embeddings: tuple[Embedding, ...], labels: Tensor | None) -> Tensor:
+        """Return the scalar loss of the embeddings of every view, with labels `(n,)` or None."""
         ...
 
     def chance_level(self, num_dimensions: int, batch_size: int) -> float | None:
@@ -66,7 +74,8 @@ class Tap(nn.Module):
         readout: map `(batch, channels, height, width)` to vectors.
         head: vectors to embeddings; private to this tap.
         objective: what it minimises, a function of the embeddings of all views and the labels.
-        context: a stage above, whose detached activity `head(readout, activity)` also needs; the tap then waits for it.
+        context: a stage whose detached output `head(readout, output)` also needs: one above, for which the tap then
+            waits, or `IMAGES`.
     """
 
     def __init__(
@@ -84,7 +93,7 @@ class Tap(nn.Module):
         """The stage after whose forward pass its loss can be computed."""
         return self.stage if self.context is None else max(self.stage, self.context)
 
-    def forward(self, h: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, h: Tensor, context: Tensor | None = None) -> Embedding:
         """Return the embedding of a stage output `h`."""
         read = self.readout(h)
         return self.head(read) if context is None else self.head(read, context)
@@ -97,12 +106,25 @@ class LocalNetwork(nn.Module):
         stages: from the input up.
         taps: one per row of `credit`, in its order.
         credit: which tap may change which stage.
+        patches: cut every image into patches, which pass the stages as a larger batch: stage outputs then have
+            `batch * patches_per_image` entries, those of one image in a row.
+        image_size: side of the images in pixels, where they are cut into patches.
+        transport: how gradients cross the stages' layers, see `localsim.transport`.
 
     Raises:
         UserError: taps, stages and credit do not fit together.
     """
 
-    def __init__(self, stages: Sequence[Stage], taps: Sequence[Tap], credit: Credit) -> None:
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        taps: Sequence[Tap],
+        credit: Credit,
+        *,
+        patches: Patches | None = None,
+        image_size: int | None = None,
+        transport: str = "exact",
+    ) -> None:
         super().__init__()
         if credit.num_stages != len(stages):
             raise UserError(f"the credit matrix has {credit.num_stages} stages but the network has {len(stages)}")
@@ -111,6 +133,13 @@ class LocalNetwork(nn.Module):
         self.stages = ModuleListOf[Stage](stages)
         self.taps = ModuleListOf[Tap](taps)
         self.credit = credit
+        self.patches = patches
+        self.patches_per_image = 1
+        if patches is not None:
+            if image_size is None:
+                raise ValueError("patches need the size of the images")
+            self.patches_per_image = math.prod(patches.grid(image_size))
+        self.transport = transport
 
     @property
     def units(self) -> list[UnitBlock]:
@@ -129,9 +158,28 @@ class LocalNetwork(nn.Module):
 
     def stage_outputs(self, x: Tensor) -> Iterator[Tensor]:
         """Yield the output map of every stage for images `x` of shape `(batch, 3, height, width)`, lowest first."""
+        x = self.fold(x)
         for stage in self.stages:
             x = stage(x)
             yield x
+
+    def fold(self, images: Tensor) -> Tensor:
+        """Return what enters the first stage: the images `(batch, 3, height, width)`, or their patches."""
+        return images if self.patches is None else self.patches.fold(images)
+
+    def pooled(self, h: Tensor) -> Tensor:
+        """Return a stage output averaged over positions, and patches, of every image: `(batch, channels)`.
+
+        Averaged in float32 at least.
+        """
+        means = h.mean((2, 3), dtype=None if h.dtype == torch.float64 else torch.float32)
+        return means if self.patches_per_image == 1 else means.unflatten(0, (-1, self.patches_per_image)).mean(1)
+
+    def end_step(self) -> None:
+        """Let the heads that follow the trunk's weights do so; the trainer calls it after every step."""
+        for tap in self.taps:
+            if hasattr(tap.head, "end_step"):
+                cast(Any, tap.head).end_step(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the last stage's output map; gradients flow as in any network, only the engine cuts the graph."""

@@ -52,6 +52,7 @@ def open_loader(config: Config, data: Data, device: torch.device) -> ViewLoader:
         seed=config.seed,
         mean=data.mean,
         std=data.std,
+        num_views=config.views,
         workers=config.workers,
         device=device,
     )

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from localsim.analysis import plots
-from localsim.assembly import build_trunk
+from localsim.assembly import build_trunk, trunk_size
 from localsim.config import Config
 from localsim.data import Batch, Data, ViewLoader, plain_batches
 from localsim.network import LocalNetwork
 from localsim.partition import cut_table, format_cut_table
-from localsim.train import Schedule, StepCost
+from localsim.rules.choices import at_tap, listed
+from localsim.schedule import Schedule
+from localsim.train import StepCost
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,7 +31,7 @@ def describe(config: Config, net: LocalNetwork, data: Data, loader: ViewLoader, 
         f"rule {config.rule} on {config.backbone} at {config.image_size} px{cifar_stem}, "
         f"preset {config.preset}, seed {config.seed}",
         "",
-        format_cut_table(cut_table(backbone, stages, config.image_size), paths),
+        format_cut_table(cut_table(backbone, stages, trunk_size(config)), paths),
         "",
         str(net.credit),
         f"longest gradient path: {net.credit.longest_path(net.units_per_stage)} of {len(net.units)} unit blocks",
@@ -39,31 +41,67 @@ def describe(config: Config, net: LocalNetwork, data: Data, loader: ViewLoader, 
     lines.append(f"data: {data.name}, {len(data.train)} training images, {tests}")
     if cost is None:
         return "\n".join([*lines, "nothing is trained: the untrained network is probed"])
-    schedule = Schedule.of(config, loader.steps_per_epoch)
+    schedule = Schedule.of(config, loader.steps_per_epoch, len(net.taps))
+    of_what = " of the last phase" if len(schedule.phases) > 1 else ""
     trunk = sum(p.numel() for stage in net.stages for p in stage.parameters())
     heads = sum(p.numel() for p in net.taps.parameters())
     lines += [
-        f"every tap: readout {config.readout}, projector {'-'.join(map(str, config.projector))}, "
-        f"objective {config.objective}; noise {config.noise}",
+        *describe_taps(config, net),
         f"training: {config.epochs} epochs, {schedule.last_step} steps of {config.batch_size} images x "
         f"{loader.num_views} views, {config.optimizer}, peak learning rate {schedule.peak:g}, "
         f"{config.precision} precision on {net.device}",
         f"parameters: trunk {trunk:,}, readouts and heads {heads:,}",
-        f"measured cost: {cost.seconds:.2f} s per step, {cost.held_bytes / 2**20:.0f} MiB of activations held at the "
-        f"peak; about {schedule.last_step * cost.seconds / 60:.1f} min of training",
+        *describe_phases(config, schedule),
+        f"measured cost: {cost.seconds:.2f} s per step{of_what}, {cost.held_bytes / 2**20:.0f} MiB of activations "
+        f"held at the peak; about {schedule.last_step * cost.seconds / 60:.1f} min of training",
     ]
     if data.test is not None and config.probe_protocol != "none":
         lines.append(
             f"then: linear (protocol {config.probe_protocol}) and k-NN probes of every stage, of this network and of "
             "two untrained controls"
         )
-    chance = net.taps[0].objective.chance_level(config.projector[-1], config.batch_size)
-    if chance is not None:
+    chances = [tap.objective.chance_level(cost.widths.get(i, 0), config.batch_size) for i, tap in enumerate(net.taps)]
+    told = {f"{chance:.3g}" for i, chance in enumerate(chances) if chance is not None and i in cost.widths}
+    if told:
         lines.append(
-            f"a normal loss: {chance:.3g} is what unrelated views would give; every tap should fall clearly below it "
-            "within the first epochs; a tap that stays there learns nothing"
+            f"a normal loss: {' or '.join(sorted(told))} is what unrelated views would give; every tap should fall "
+            "clearly below it within the first epochs; a tap that stays there learns nothing"
         )
     return "\n".join(lines)
+
+
+def describe_taps(config: Config, net: LocalNetwork) -> list[str]:
+    """Return what the taps read and minimise, and what happens to signals on their way: one line, or one per tap."""
+    plain = [config.provenance, f"noise {config.noise}", f"transport {config.transport}"]
+    if config.patches != "none":
+        plain.append(f"patches {config.patches}, {net.patches_per_image} per image")
+    lists = [("readout", config.readout), ("head", config.head), ("objective", config.objective)]
+    if not any("," in text for _, text in lists):
+        widths = f" {'-'.join(map(str, config.projector))}" if config.head == "projector" else ""
+        return [
+            f"every tap: readout {config.readout}, head {config.head}{widths}, objective {config.objective}; "
+            + ", ".join(plain)
+        ]
+    number = len(net.taps)
+    told = [
+        f"tap on stage {tap.stage + 1}: "
+        + ", ".join(f"{what} {at_tap(listed(text, what), i, number, what)}" for what, text in lists)
+        for i, tap in enumerate(net.taps)
+    ]
+    return [*told, ", ".join(plain)]
+
+
+def describe_phases(config: Config, schedule: Schedule) -> list[str]:
+    """Return what a sequential schedule does, as no line or one."""
+    if len(schedule.phases) < 2:
+        return []
+    told = f"sequential: {len(schedule.phases)} taps, one after the other from the lowest up, "
+    told += f"{schedule.phases[0].stop} steps each; what lies below a tap's reach is frozen, without noise"
+    if config.feature_cache:
+        told += ", and its outputs for one draw of views are kept on disk"
+    if config.view_strength != "uniform":
+        told += "; views scaled with the receptive field"
+    return [told]
 
 
 def draw_views(data: Data, batch: Batch) -> Figure:

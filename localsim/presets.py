@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from localsim.backbones import SCALABLE
 from localsim.config import Config
 from localsim.errors import UserError, one_of
 
@@ -14,8 +15,16 @@ _COMMON: dict[str, Any] = {
     "reach": None,
     "credit": None,
     "objective_options": {},
-    "projector_init": "private",
+    "head_options": {},
+    "provenance": "private",
+    "schedule": "simultaneous",
+    "feature_cache": False,
+    "view_strength": "uniform",
+    "transport": "exact",
+    "on_collapse": "stop",
     "backbone": "resnet50",
+    "backbone_width": 1.0,
+    "patches": "none",
     "stem": "imagenet",
     "zero_init_residual": True,
     "data_root": None,
@@ -31,6 +40,7 @@ _COMMON: dict[str, Any] = {
 # branches do not start at zero here: an untrained network would then be a chain of strided shortcuts whose last block
 # is at chance by construction, which makes any training look good.
 _QUICK: dict[str, Any] = {
+    "backbone_width": 0.125,
     "zero_init_residual": False,
     "probe_images": 2000,
     "expand_width": 256,
@@ -52,6 +62,7 @@ _QUICK: dict[str, Any] = {
 
 _CIFAR10: dict[str, Any] = {
     **_QUICK,
+    "backbone_width": 0.25,
     "zero_init_residual": True,
     "probe_images": 10_000,
     "data": "cifar10",
@@ -102,6 +113,15 @@ _PRESET_OF_DATA = {
     "imagenet": "imagenet",
 }
 
+# what must be of its type before taps can be chosen; Config checks the rest
+_TYPES: tuple[tuple[str, type, str], ...] = (
+    ("objective", str, "text"),
+    ("head", str, "text"),
+    ("readout", str, "text"),
+    ("objective_options", dict, "a mapping of names to values"),
+    ("head_options", dict, "a mapping of names to values"),
+)
+
 
 def resolve(rule: str = "blockwise", preset: str | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
     """Return the configuration of a rule under a preset, with `overrides` by field name; None means not given.
@@ -113,9 +133,11 @@ def resolve(rule: str = "blockwise", preset: str | None = None, overrides: Mappi
         UserError: unknown rule, preset or field, a value outside its range, or an override that has no meaning for
             the rule.
     """
+    from localsim.data import count_classes
     from localsim.rules import get_rule
+    from localsim.rules.choices import choose, listed, options_at
     from localsim.rules.noise import Noise
-    from localsim.rules.objectives import make_objective
+    from localsim.rules.objectives import make_objective, usual_views
 
     for name, value in (("rule", rule), ("preset", preset), ("data", (overrides or {}).get("data"))):
         if not isinstance(value, str | Path | None):
@@ -125,6 +147,9 @@ def resolve(rule: str = "blockwise", preset: str | None = None, overrides: Mappi
     for name in given:
         if name not in Config.names():
             raise one_of("setting", name, Config.names())
+    for name, kind, what in _TYPES:
+        if not isinstance(given.get(name, kind()), kind):
+            raise UserError(f"{name} is {given[name]!r}; allowed: {what}")
     chosen.check_overrides(given)
     for name in ("data", "data_root"):
         # absolute, so that the run can be resumed and probed from anywhere
@@ -138,20 +163,29 @@ def resolve(rule: str = "blockwise", preset: str | None = None, overrides: Mappi
         raise one_of("preset", preset, PRESETS)
     values = {
         "granularity": None if given.get("cuts", "auto") not in ("auto", "balanced") else chosen.granularity,
-        "objective": chosen.objective,
-        "readout": chosen.readout,
         "noise": str(chosen.noise),
         **PRESETS[preset],
+        **chosen.settings,
+        **choose(chosen, given),
         **given,
-        "rule": rule,
+        "rule": chosen.name,
         "preset": preset,
     }
+    if "backbone_width" in given or values["backbone"] not in SCALABLE:
+        values["backbone_width"] = given.get("backbone_width", 1.0)
     if "epochs" in given and "warmup_epochs" not in given and isinstance(values["epochs"], int):
         # a run made shorter than its preset warms up for a quarter of it at most
         values["warmup_epochs"] = min(values["warmup_epochs"], values["epochs"] / 4)
     if not values["data"]:
         raise UserError("preset 'folder' needs --data with a folder of images")
+    names = listed(values["objective"], "objective")
+    objectives = [make_objective(n, options_at(values["objective_options"], n, names, 1.0)) for n in names]
+    values.setdefault("views", max(usual_views(objective) for objective in objectives))
+    values.setdefault("num_classes", None)
+    labelled = "head" in given or any(objective.needs_labels for objective in objectives)
+    if labelled and values["num_classes"] is None:
+        root = values["data_root"]
+        values["num_classes"] = count_classes(values["data"], Path(root) if root else None)
     config = Config(**values)
     Noise.parse(config.noise)
-    make_objective(config.objective, config.objective_options)
     return config

@@ -7,13 +7,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from localsim import engine, runs
@@ -23,9 +23,10 @@ from localsim.data import Batch, ViewLoader
 from localsim.errors import Interrupted, TrainingFailed
 from localsim.memory import HeldBytes
 from localsim.monitor import Monitor
-from localsim.network import LocalNetwork
-from localsim.optim import learning_rate, make_optimizer, scaled_lr
+from localsim.network import Embedding, LocalNetwork
 from localsim.rng import key
+from localsim.schedule import Schedule
+from localsim.sources import batches, check_cache, forget_caches, open_source, set_modes
 
 
 def train(
@@ -51,8 +52,8 @@ def train(
         Interrupted: by Ctrl-C or SIGTERM, after the step and a checkpoint.
         UserError: a checkpoint cannot be read or written.
     """
-    schedule = Schedule.of(config, loader.steps_per_epoch)
-    monitor = Monitor(net, num_classes)
+    schedule = Schedule.of(config, loader.steps_per_epoch, len(net.taps))
+    monitor = Monitor(net, num_classes, stops=config.on_collapse == "stop")
     optimizer = schedule.optimizer(net, config)
     step = _restore(path, net, optimizer, monitor)
 
@@ -63,24 +64,26 @@ def train(
 
     hooks = engine.Hooks(on_stage=monitor.on_stage, on_tap=monitor.on_tap, on_final=apply)
     show_on_board = open_board(path, step)
-    net.train()
     saved_at = logged_at = time.monotonic()
     images_since_log = 0
     with _stop_signals() as stop, _Progress(schedule.last_step, step, progress) as bar:
         while step < schedule.last_step:
-            epoch, first = divmod(step, loader.steps_per_epoch)
-            for batch in loader.epoch(epoch, first):
+            phase = schedule.phase(step)
+            source = open_source(net, loader, config, path, phase)
+            set_modes(net, phase)
+            for epoch, batch in batches(source, step, min(phase.stop, schedule.last_step), loader.steps_per_epoch):
                 rate = schedule.rate(step)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 # not at max_steps: a run that is stopped and resumed must write the lines of one that is not
-                logs = (step + 1) % config.log_every == 0 or step + 1 == schedule.total_steps
+                logs = (step + 1) % config.log_every == 0 or step + 1 == phase.stop
                 monitor.start_step(step + 1, batch.labels)
                 try:
                     with HeldBytes(net.parameters()) if logs else contextlib.nullcontext() as held:
-                        _one_step(net, batch, config, step, hooks)
+                        _one_step(net, batch, config, step, hooks, phase.taps, source.start)
+                    net.end_step()
                     if logs:
-                        monitor.check(net, batch.views[0], config.precision)
+                        monitor.check(net, batch.views[0], config.precision, phase.taps, source.start)
                 except TrainingFailed as error:
                     raise _failure(error, path, step) from None
                 step += 1
@@ -100,7 +103,7 @@ def train(
                     bar.show(row)
                     logged_at, images_since_log = time.monotonic(), 0
                 bar.advance(step)
-                ends = step == schedule.last_step or step % loader.steps_per_epoch == 0
+                ends = step in (schedule.last_step, phase.stop) or step % loader.steps_per_epoch == 0
                 late = time.monotonic() - saved_at > 60 * config.checkpoint_minutes
                 if step == schedule.last_step or ((ends or late or stop.is_set()) and monitor.healthy):
                     if bad := [name for name, p in net.named_parameters() if not p.isfinite().all()]:
@@ -111,85 +114,79 @@ def train(
                     saved_at = time.monotonic()
                 if stop.is_set():
                     raise Interrupted
-                if step == schedule.last_step:
-                    break
+            del source  # files that it maps keep their room on the disk
+    if step == schedule.total_steps:
+        forget_caches(path)
     return step
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """The learning rate as a pure function of the step."""
-
-    peak: float
-    warmup_steps: int
-    total_steps: int
-    last_step: int
-    final_factor: float
-
-    @classmethod
-    def of(cls, config: Config, steps_per_epoch: int) -> Schedule:
-        """Return the schedule that a configuration means on a data set of so many steps."""
-        total = config.epochs * steps_per_epoch
-        return cls(
-            peak=scaled_lr(config.lr, config.batch_size) if config.lr_scaling == "linear" else config.lr,
-            warmup_steps=round(config.warmup_epochs * steps_per_epoch),
-            total_steps=total,
-            last_step=min(total, config.max_steps or total),
-            final_factor=config.final_lr_factor,
-        )
-
-    def optimizer(self, net: LocalNetwork, config: Config) -> torch.optim.Optimizer:
-        """Return the optimiser of a network; UserError if the configuration means none."""
-        return make_optimizer(
-            config.optimizer, net.parameters(), lr=self.peak, weight_decay=config.weight_decay, momentum=config.momentum
-        )
-
-    def rate(self, step: int) -> float:
-        """Return the learning rate of the step that follows `step` finished ones."""
-        return learning_rate(
-            step,
-            base=self.peak,
-            total_steps=self.total_steps,
-            warmup_steps=self.warmup_steps,
-            final_factor=self.final_factor,
-        )
-
-
-@dataclass(frozen=True)
 class StepCost:
-    """What one step was measured to cost: wall-clock seconds, and bytes that autograd held at the peak."""
+    """What one step was measured to cost: wall-clock seconds, and bytes that autograd held at the peak.
+
+    `widths` has the number of embedding dimensions of every tap that acted.
+    """
 
     seconds: float
     held_bytes: int
+    widths: Mapping[int, int]
 
 
 def rehearse(net: LocalNetwork, batch: Batch, config: Config) -> StepCost:
-    """Measure a step without learning from it: gradients are dropped, buffers put back; leaves training mode on."""
-    buffers = [buffer.clone() for buffer in net.buffers()]
+    """Measure a step without learning from it: gradients are dropped, buffers put back; leaves training mode on.
+
+    Of a sequential schedule the last phase is measured, which runs all stages.
+
+    Raises:
+        UserError: a tap cannot be trained on cached features.
+    """
+    check_cache(net, config)
+    # by name: a step may add buffers (feedback weights that are drawn when they are first needed)
+    buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
     net.train()
     seconds = 0.0
     held = HeldBytes(net.parameters())
+    taps = range(len(net.taps)) if config.schedule == "simultaneous" else range(len(net.taps))[-1:]
+    widths: dict[int, int] = {}
+
+    def measure(tap: int, embeddings: tuple[Embedding, ...], _loss: Tensor) -> None:
+        first = embeddings[0]
+        widths[tap] = (first if isinstance(first, Tensor) else first[0]).shape[1]
+
+    hooks = engine.Hooks(on_tap=measure, on_final=_drop)
     for attempt in ("cold", "warm"):
         start = time.monotonic()
         with held if attempt == "cold" else contextlib.nullcontext():
-            losses = _one_step(net, batch, config, 0, engine.Hooks(on_final=_drop))
+            losses = _one_step(net, batch, config, 0, hooks, taps)
         for loss in losses.values():
             loss.item()  # waits for an accelerator
         seconds = time.monotonic() - start
         if seconds > 5:
             break
     with torch.no_grad():
-        for buffer, before in zip(net.buffers(), buffers, strict=True):
-            buffer.copy_(before)
-    return StepCost(seconds, held.peak)
+        for name, before in buffers.items():
+            net.get_buffer(name).copy_(before)
+    return StepCost(seconds, held.peak, widths)
 
 
-def _one_step(net: LocalNetwork, batch: Batch, config: Config, step: int, hooks: engine.Hooks) -> dict[int, Any]:
+def _one_step(
+    net: LocalNetwork,
+    batch: Batch,
+    config: Config,
+    step: int,
+    hooks: engine.Hooks,
+    taps: Sequence[int],
+    start: int = 0,
+) -> dict[int, Tensor]:
     views = batch.views
     if config.channels_last:
         views = tuple(view.contiguous(memory_format=torch.channels_last) for view in views)
     draws = key(config.seed, "step", step)
-    return engine.backward(net, *views, labels=batch.labels, key=draws, precision=config.precision, hooks=hooks)
+    # all taps: then the stages above the highest tap are run too, and watched
+    chosen = None if len(taps) == len(net.taps) else taps
+    return engine.backward(
+        net, *views, labels=batch.labels, key=draws, precision=config.precision, hooks=hooks, taps=chosen, start=start
+    )
 
 
 def _failure(reason: object, path: Path, step: int) -> TrainingFailed:

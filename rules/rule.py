@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from localsim.credit import Credit
 from localsim.errors import UserError
@@ -18,22 +19,27 @@ class Rule:
         name: what `--rule` takes.
         summary: one sentence, who may change what.
         paper: authors, title, year and arXiv number.
-        credit: from the number of stages to the credit matrix.
+        credit: from the number of stages to the credit matrix; called with a reach too, unless `reach` is meaningless.
         granularity: the default partition: a number of stages, or `network`, `stage`, `block`.
         readout: the default readout of every tap.
+        head: the head of every tap, as long as it suits the objective; None: what the objective uses by default.
         objective: the default objective of every tap.
         noise: the default noise at every boundary.
+        settings: other fields of `localsim.config.Config` that the paper fixes: a backbone of its own, patches,
+            schedule, options of objective and head, ... They take the place of a preset's.
         meaningless: options that cannot be overridden, each with the reason why.
     """
 
     name: str
     summary: str
     paper: str
-    credit: Callable[[int], Credit]
+    credit: Callable[..., Credit]
     granularity: int | str = "stage"
     readout: str = "global"
+    head: str | None = None
     objective: str = "barlow_twins"
     noise: Noise = field(default_factory=Noise)
+    settings: Mapping[str, Any] = field(default_factory=dict)
     meaningless: Mapping[str, str] = field(default_factory=dict)
 
     def check_overrides(self, options: Mapping[str, object]) -> None:

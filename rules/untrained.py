@@ -5,7 +5,10 @@ from localsim.rules.rule import Rule
 
 _REASON = "it has no loss"
 # what says how losses act; settings of size (projector, epochs, ...) are a preset's and may be shared by all rules
-_OF_LOSSES = ("reach", "credit", "objective", "objective_options", "readout", "noise")
+_OF_LOSSES = (
+    "reach", "credit", "objective", "objective_options", "readout", "head", "head_options", "provenance", "noise",
+    "schedule", "feature_cache", "view_strength", "transport",
+)  # fmt: skip
 
 RULE = Rule(
     name="untrained",

@@ -1,6 +1,7 @@
 """What the documents tell a reader to type must work as it stands there."""
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -42,7 +43,8 @@ def test_the_rule_of_the_contributing_guide_is_a_rule():
     (code,) = blocks("CONTRIBUTING.md", "python")
     names: dict = {}
     exec(code, names)
-    assert names["RULE"].credit(4) == Credit.chunked(4, 2)
+    rule = names["RULE"]
+    assert rule.credit(3).matrix.tolist() == [[1, 0, 0], [0, 1, 0], [1, 0, 1]]
 
 
 def test_the_readme_names_only_what_exists():
@@ -53,7 +55,7 @@ def test_the_readme_names_only_what_exists():
         assert (ROOT / target).exists(), target
 
 
-@pytest.mark.parametrize("file", ["README.md", "docs/paper.md", "docs/results.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("file", ["README.md", "docs/paper.md", "docs/results.md", "docs/rules.md", "CONTRIBUTING.md"])
 def test_every_localsim_command_in_the_documents_parses(file):
     text = (ROOT / file).read_text()
     lines = [line for block in blocks(file, "bash") for line in block.splitlines()]
@@ -70,7 +72,7 @@ def test_every_localsim_command_in_the_documents_parses(file):
 
 SNIPPETS = {
     (file, snippet)
-    for file in ["README.md", "docs/paper.md", "docs/results.md", "CONTRIBUTING.md"]
+    for file in ["README.md", "docs/paper.md", "docs/results.md", "docs/rules.md", "CONTRIBUTING.md"]
     for snippet in re.findall(r"`(--set [^`\n]+)`", (ROOT / file).read_text())
     if "NAME=VALUE" not in snippet
 }
@@ -92,3 +94,9 @@ def test_there_are_set_snippets_to_check():
 def test_the_results_hold_a_table():
     text = (ROOT / "docs/results.md").read_text()
     assert re.search(r"^\|.*\|\n\|[ :|-]+\|\n\|.*\d.*\|$", text, flags=re.M), "docs/results.md has no table yet"
+
+
+def test_the_table_of_rules_is_what_the_code_says():
+    """Else: `python docs/rules_table.py > docs/rules.md`."""
+    made = runpy.run_path(str(ROOT / "docs" / "rules_table.py"))["document"]()
+    assert (ROOT / "docs" / "rules.md").read_text() == made

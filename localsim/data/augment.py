@@ -9,7 +9,7 @@ one in worker processes (`crop_image`) and recoloured as a batch (`recolour_`), 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 
 import numpy as np
@@ -24,6 +24,7 @@ _CROP_TRIES = 10  # torchvision's RandomResizedCrop
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
 _GREY_WEIGHTS = (0.2989, 0.587, 0.114)  # torchvision's luma
 _SOLARIZE_FROM = 128 / 255  # PIL's ImageOps.solarize
+_NO_BLUR = 1e-3  # a standard deviation, in pixels, that changes nothing and can be divided by
 
 # columns of an image's uniform draws
 _AREA, _RATIO = slice(0, _CROP_TRIES), slice(_CROP_TRIES, 2 * _CROP_TRIES)
@@ -83,6 +84,33 @@ class Augmentation:
             if not values or not all(0 <= value <= 1 for value in values):
                 raise UserError(f"{name} is {getattr(self, name)!r}; probabilities lie between 0 and 1")
 
+    def scaled(self, strength: float) -> Augmentation:
+        """Return this augmentation made weaker: each field goes linearly from no change (0) to its own value (1).
+
+        `crop_ratio` does so in its logarithm, in which it is drawn. An image keeps its draws at every strength. Stages
+        may so learn from deformations that suit them (Parthasarathy, Hénaff & Simoncelli 2023, arXiv:2312.11436,
+        LCL-V2: the amplitude of local deformations is scaled with the layer's receptive field).
+
+        Args:
+            strength: 0 leaves the central square as it is; 1 gives an equal augmentation.
+
+        Raises:
+            UserError: for a strength below 0 or above 1.
+        """
+        if not 0 <= strength <= 1:
+            raise UserError(f"augmentation strength is {strength!r}; it must be between 0 and 1")
+        unchanged = {"crop_scale": 1.0, "blur_sigma": _NO_BLUR}
+        weaker = {}
+        for name in (field.name for field in fields(self)):
+            value, least = getattr(self, name), unchanged.get(name, 0.0)
+            values = value if isinstance(value, tuple) else (value,)
+            if name == "crop_ratio":
+                mixed = tuple(ratio**strength for ratio in values)
+            else:
+                mixed = tuple(strength * full + (1 - strength) * least for full in values)
+            weaker[name] = mixed if isinstance(value, tuple) else mixed[0]
+        return replace(self, **weaker)
+
 
 _CROP_FLIP = Augmentation(jitter=0.0, gray=0.0, blur=(0.0,), solarize=(0.0,))
 
@@ -100,6 +128,16 @@ AUGMENTATIONS = MappingProxyType(
         ),
         # training of a linear probe
         "crop_flip": _CROP_FLIP,
+        # the input of Greedy InfoMax (Löwe et al. 2019) and CLAPP (Illing et al. 2021), whose code crops 64 of STL-10's
+        # 96 pixels at random, flips and removes colour: such a crop is not resampled where views have 64 pixels
+        "patches": Augmentation(
+            crop_scale=(4 / 9, 4 / 9),
+            crop_ratio=(1.0, 1.0),
+            jitter=0.0,
+            gray=1.0,
+            blur=(0.0,),
+            solarize=(0.0,),
+        ),
         # the central square
         "none": Augmentation(
             crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=0.0, jitter=0.0, gray=0.0, blur=(0.0,), solarize=(0.0,)

@@ -138,12 +138,21 @@ def load_data(
     if name == "embedded":
         return _embedded(image_size, limits)
     if name in _NAMED:
-        root = Path(root or os.environ.get("LOCALSIM_DATA") or Path.home() / ".cache" / "localsim")
-        return _NAMED[name](name, root, limits)
+        return _NAMED[name](name, data_root(root), limits)
+    return _folder(name, existing_folder(name), limits, seed)
+
+
+def data_root(root: Path | None) -> Path:
+    """Return where named data sets lie: `root`, else LOCALSIM_DATA, else ~/.cache/localsim."""
+    return Path(root or os.environ.get("LOCALSIM_DATA") or Path.home() / ".cache" / "localsim")
+
+
+def existing_folder(name: str) -> Path:
+    """Return a data set's folder; UserError if there is none, for then `name` means nothing."""
     if not Path(name).is_dir():
         known = ", ".join(["embedded", *_NAMED])
         raise UserError(f"unknown data set {name!r}: it is neither one of {known} nor a folder that exists")
-    return _folder(name, Path(name), limits, seed)
+    return Path(name)
 
 
 def _embedded(image_size: int, limits: dict[str, int | None]) -> Data:
@@ -199,11 +208,17 @@ def _download(name: str, root: Path, open_split: Callable[[bool], Any]) -> Any:
 
 
 def _imagenet(name: str, root: Path, limits: dict[str, int | None]) -> Data:
-    for folder in (root / name, root):
-        if (folder / "train").is_dir() and (folder / "val").is_dir():
-            # always streamed: reading the size of a million files would take minutes
-            return _folder(name, folder, limits, seed=0, in_memory=False)
-    raise UserError(f"imagenet was looked for in {root / name} and {root}; neither has the folders train/ and val/")
+    folder = imagenet_folder(root)
+    if folder is None:
+        raise UserError(f"imagenet was looked for in {root / name} and {root}; neither has the folders train/ and val/")
+    # always streamed: reading the size of a million files would take minutes
+    return _folder(name, folder, limits, seed=0, in_memory=False)
+
+
+def imagenet_folder(root: Path) -> Path | None:
+    """Return the folder of ImageNet in `root`, or None."""
+    folders = (root / "imagenet", root)
+    return next((folder for folder in folders if (folder / "train").is_dir() and (folder / "val").is_dir()), None)
 
 
 _NAMED: dict[str, Callable[[str, Path, dict[str, int | None]], Data]] = {
@@ -216,14 +231,14 @@ _NAMED: dict[str, Callable[[str, Path, dict[str, int | None]], Data]] = {
 
 def _folder(name: str, folder: Path, limits: dict[str, int | None], seed: int, in_memory: bool = True) -> Data:
     """Load a folder of images; `in_memory` False streams it whatever its size."""
-    train_folder = folder / "train" if (folder / "train").is_dir() else folder
+    train_folder = training_folder(folder)
     test_folder = next((folder / s for s in ("val", "test") if (folder / s).is_dir()), None)
     if train_folder == folder:
         test_folder = None  # without train/, folders called val or test are classes like any other
-    train, classes = _scan(train_folder)
+    train, classes = scan_folder(train_folder)
     test = None
     if classes and test_folder is not None:
-        test, test_classes = _scan(test_folder, least_classes=1)
+        test, test_classes = scan_folder(test_folder, least_classes=1)
         if unknown := sorted(set(test_classes) - set(classes)):
             raise UserError(f"{test_folder} has classes that {train_folder} lacks: {', '.join(unknown[:5])}")
         if test.labels is None:
@@ -250,7 +265,12 @@ def _folder(name: str, folder: Path, limits: dict[str, int | None], seed: int, i
     return Data(name, classes, train, train if classes else None, test, mean, std, num_skipped)
 
 
-def _scan(folder: Path, least_classes: int = 2) -> tuple[ImageSet, tuple[str, ...]]:
+def training_folder(folder: Path) -> Path:
+    """Return the folder with the training images of a folder of images."""
+    return folder / "train" if (folder / "train").is_dir() else folder
+
+
+def scan_folder(folder: Path, least_classes: int = 2) -> tuple[ImageSet, tuple[str, ...]]:
     """Return a folder's images and their classes; fewer than `least_classes` are as good as none."""
     paths = find_images(folder)
     if not paths:

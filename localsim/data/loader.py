@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -98,37 +99,71 @@ class ViewLoader:
         Raises:
             UserError: when fewer than two images of a batch can be read.
         """
+        return self._views(self._order(epoch, start_step), epoch, fewest=2)
+
+    def order(self, epoch: int, start_step: int = 0) -> Iterator[Tensor]:
+        """Iterate over the `(batch_size,)` indices of the batches that `epoch` gives, without making views.
+
+        Streamed images that cannot be read are among them, as nothing is read here.
+        """
+        return iter(_batches(self._order(epoch, start_step), self.batch_size))
+
+    def all_views(self, epoch: int) -> Iterator[Batch]:
+        """Iterate over the views of all images in their order, drawn as in that epoch; the last batch may be smaller.
+
+        On a CPU they are the views of `epoch` bit for bit, though in other batches; on a GPU, up to rounding. Streamed
+        images that cannot be read are left out.
+
+        Raises:
+            UserError: when no image can be read.
+        """
+        return self._views(torch.arange(len(self.images)), epoch, fewest=0)
+
+    def with_augmentation(self, augmentation: Augmentation) -> ViewLoader:
+        """Return a loader of the same images, order and draws with another augmentation; it counts and warns of
+        unreadable files together with this one.
+        """
+        other = copy.copy(self)
+        other.augmentation = augmentation
+        return other
+
+    def _order(self, epoch: int, start_step: int) -> Tensor:
         if not 0 <= start_step <= self.steps_per_epoch:
             raise ValueError(f"start_step is {start_step}; an epoch has {self.steps_per_epoch} steps")
         order = torch.randperm(len(self.images), generator=rng.generator(self.seed, "order", epoch))
-        order = order[start_step * self.batch_size : self.steps_per_epoch * self.batch_size]
+        return order[start_step * self.batch_size : self.steps_per_epoch * self.batch_size]
+
+    def _views(self, order: Tensor, epoch: int, fewest: int) -> Iterator[Batch]:
+        """Iterate over the batches of `order`; streamed ones must have at least `fewest` readable images."""
         key = (self.seed, "augment", epoch)
-        return self._from_memory(order, key) if self.images.paths is None else self._streamed(order, key)
+        return self._from_memory(order, key) if self.images.paths is None else self._streamed(order, key, fewest)
 
     def _from_memory(self, order: Tensor, key: tuple[rng.Part, ...]) -> Iterator[Batch]:
         pixels = cast(Tensor, self.images.images)
-        for start in range(0, len(order), self.batch_size):
-            indices = order[start : start + self.batch_size]
+        for indices in _batches(order, self.batch_size):
             source = pixels[indices].to(self.device)
             make = partial(augment_batch, source, indices.numpy(), self.augmentation, size=self.size, key=key)
             views = tuple(self._normalise(make(view=view)) for view in range(self.num_views))
             yield Batch(views, _labels(self.images, indices, self.device), indices)
 
-    def _streamed(self, order: Tensor, key: tuple[rng.Part, ...]) -> Iterator[Batch]:
+    def _streamed(self, order: Tensor, key: tuple[rng.Part, ...], fewest: int) -> Iterator[Batch]:
         crop = partial(_crops, augmentation=self.augmentation, size=self.size, num_views=self.num_views, key=key)
         for indices, crops, failures in _stream(self.images, order, crop, self.batch_size, self.workers, self.device):
             _warn_once(failures, self._skipped)
-            if len(indices) < 2:
+            if len(indices) < fewest:
                 raise UserError(
                     f"only {len(indices)} of a batch of {self.batch_size} images could be read, the last failure being "
                     f"{failures[-1][1]}"
                 )
+            if not len(indices):
+                continue
             views = []
             for view in range(self.num_views):
                 cropped = crops[:, view].float().div_(255)
                 coloured = recolour_(cropped, indices.numpy(), self.augmentation, view=view, key=key)
                 views.append(self._normalise(coloured))
             yield Batch(tuple(views), _labels(self.images, indices, self.device), indices)
+        _check_any_read(self.images, self._skipped)
 
 
 def plain_batches(
@@ -172,8 +207,7 @@ def _plain_batches(
         if len(indices):
             view = normalise(plain[:, 0].float().div_(255))
             yield Batch((view,), _labels(images, indices, device), indices)
-    if len(skipped) == len(images):
-        raise UserError(f"none of the {len(images)} images can be read")
+    _check_any_read(images, skipped)
 
 
 Failure = tuple[str, str]
@@ -208,7 +242,7 @@ def _stream(
 
     The workers deliver the batches in chunks, which are joined here, the views on `device`.
     """
-    batches = [order[start : start + batch_size].split(CHUNK) for start in range(0, len(order), batch_size)]
+    batches = [indices.split(CHUNK) for indices in _batches(order, batch_size)]
     loader = DataLoader(
         _Files(cast(tuple, images.paths), transform),
         batch_sampler=[chunk.tolist() for chunks in batches for chunk in chunks],
@@ -222,6 +256,11 @@ def _stream(
     loaded = iter(loader)
     for chunks in batches:
         yield _join([next(loaded) for _ in chunks], device)
+
+
+def _batches(order: Tensor, batch_size: int) -> list[Tensor]:
+    """Return `order` in pieces of `batch_size`, the last one perhaps smaller, none of them empty."""
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def _collate(items: list[tuple[int, Tensor | Failure]]) -> Chunk:
@@ -281,6 +320,11 @@ def _warn_once(failures: list[Failure], known: set[str]) -> None:
         if path not in known:
             known.add(path)
             warn_skipped(reason)
+
+
+def _check_any_read(images: ImageSet, skipped: set[str]) -> None:
+    if len(skipped) == len(images):
+        raise UserError(f"none of the {len(images)} images can be read")
 
 
 def _check_at_least(*values: tuple[str, int, int]) -> None:

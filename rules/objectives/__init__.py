@@ -4,17 +4,56 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 from localsim.errors import UserError, one_of
 from localsim.network import Objective
 from localsim.rules.objectives.barlow_twins import BarlowTwins
+from localsim.rules.objectives.contrastive import SimCLR, SupCon
+from localsim.rules.objectives.lpl import LPL
+from localsim.rules.objectives.predictive import Hinge, InfoNCE
+from localsim.rules.objectives.supervised import CrossEntropy, InfoPro, SimilarityMatching
+from localsim.rules.objectives.vicreg import VICReg
 
-OBJECTIVES: dict[str, type[Objective]] = {"barlow_twins": BarlowTwins}
+
+class RuleObjective(Objective, Protocol):
+    """An objective that a rule or `--objective` can name.
+
+    Attributes:
+        reads: the kind of embedding, as heads give it; alternatives are joined by " or ".
+        head: the name of the head that makes it by default.
+        needs_labels: whether it means nothing without.
+    """
+
+    reads: ClassVar[str]
+    head: ClassVar[str]
+    needs_labels: ClassVar[bool]
+
+
+OBJECTIVES: dict[str, type[RuleObjective]] = {
+    "barlow_twins": BarlowTwins,
+    "vicreg": VICReg,
+    "simclr": SimCLR,
+    "supcon": SupCon,
+    "infonce": InfoNCE,
+    "hinge": Hinge,
+    "lpl": LPL,
+    "cross_entropy": CrossEntropy,
+    "predsim": SimilarityMatching,
+    "infopro": InfoPro,
+}
 """Each a frozen dataclass, whose fields are its options."""
 
 
-def make_objective(name: str, options: Mapping[str, Any] | None = None) -> Objective:
+def usual_views(objective: RuleObjective) -> int:
+    """Return how many views a run makes of every image for an objective unless told otherwise: its `num_views`, or 1.
+
+    A class attribute of most, a property of those whose options decide it: no type in a protocol fits both.
+    """
+    return getattr(objective, "num_views", 1)
+
+
+def make_objective(name: str, options: Mapping[str, Any] | None = None) -> RuleObjective:
     """Return the objective `name` with its options, e.g. `make_objective("barlow_twins", {"lambda_": 0.01})`.
 
     Raises:

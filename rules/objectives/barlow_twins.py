@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from localsim.errors import UserError
+from localsim.network import Embedding
+from localsim.rules.objectives.common import check_number, check_two_views, off_diagonal_squares, vectors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,24 +30,25 @@ class BarlowTwins:
         UserError: an option is negative, or not exactly two views are given.
     """
 
+    reads: ClassVar[str] = "vector"
+    head: ClassVar[str] = "projector"
+    num_views: ClassVar[int] = 2
+    needs_labels: ClassVar[bool] = False
+
     lambda_: float = 0.0051
     scale: float = 0.024
     eps: float = 1e-5
 
     def __post_init__(self) -> None:
         for name in ("lambda_", "scale", "eps"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-                raise UserError(f"barlow_twins: {name} is {value!r}; allowed: numbers >= 0")
+            check_number("barlow_twins", name, getattr(self, name))
 
-    def __call__(self, embeddings: tuple[Tensor, ...], labels: Tensor | None = None) -> Tensor:
+    def __call__(self, embeddings: tuple[Embedding, ...], labels: Tensor | None = None) -> Tensor:
         """Return the loss of embeddings `(z1, z2)`, each `(n, d)`; labels are not used."""
-        if len(embeddings) != 2:
-            raise UserError(f"barlow_twins compares exactly 2 views, not {len(embeddings)}")
-        correlation = self.correlation(*embeddings)
-        squares = correlation.square()
+        check_two_views("barlow_twins", embeddings)
+        correlation = self.correlation(*vectors("barlow_twins", embeddings))
         diagonal = correlation.diagonal()
-        off_diagonal = squares.sum() - squares.diagonal().sum()
+        off_diagonal = off_diagonal_squares(correlation)
         return self.scale * ((diagonal - 1).square().sum() + self.lambda_ * off_diagonal)
 
     def correlation(self, z1: Tensor, z2: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import re
 from functools import cache
 
@@ -10,9 +11,11 @@ from torch import nn
 
 from localsim.backbones import (
     BACKBONES,
+    SCALABLE,
     TRACE_BATCH,
     build_backbone,
     load_trunk_state_dict,
+    receptive_fields,
     trace_units,
     trunk_state_dict,
     unit_shapes,
@@ -161,7 +164,8 @@ def test_unit_blocks_and_natural_stages(name, num_units, natural, names):
 
 
 def test_every_backbone_is_tested_above():
-    assert set(BACKBONES) == {*RESNETS, *VGGS, *CIFAR_BLOCKS}
+    # those that can be scaled are tested in test_unnormalised.py
+    assert set(BACKBONES) == {*RESNETS, *VGGS, *CIFAR_BLOCKS, *SCALABLE}
 
 
 def test_max_pool_closes_the_unit_of_its_convolution():
@@ -250,18 +254,70 @@ def test_loading_other_weights_says_what_differs_and_copies_nothing():
         (
             {"name": "resnet51"},
             "unknown backbone 'resnet51'; allowed: "
-            "resnet18, resnet34, resnet50, resnet101, vgg11, vgg11_bn, resnet20, resnet32, resnet110",
+            "resnet18, resnet34, resnet50, resnet101, vgg11, vgg11_bn, resnet20, resnet32, resnet110, vgg6, "
+            "preact_resnet50",
         ),
         ({"name": "resnet50", "stem": "tiny"}, "unknown stem 'tiny'; allowed: imagenet, cifar"),
         (
             {"name": "vgg11", "stem": "cifar"},
             "stem 'cifar' has no meaning for vgg11, which begins with a 3x3 convolution; allowed: imagenet",
         ),
+        (
+            {"name": "preact_resnet50", "stem": "cifar"},
+            "stem 'cifar' has no meaning for preact_resnet50, which begins with a 5x5 convolution; allowed: imagenet",
+        ),
+        (
+            {"name": "resnet20", "width": 0.5},
+            "width 0.5 has no meaning for resnet20, whose channels are fixed; allowed: 1, "
+            "or one of the backbones vgg6, preact_resnet50",
+        ),
+        ({"name": "vgg6", "width": 0}, "width 0 is no factor for channels; allowed: numbers above 0"),
+        ({"name": "vgg6", "width": float("nan")}, "width nan is no factor for channels; allowed: numbers above 0"),
     ],
 )
 def test_what_cannot_be_built_is_refused(arguments, message):
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         build_backbone(**arguments)
+
+
+def seen_by_the_centre(units, size):
+    """The side of what the centre of each unit block's output depends on, by the gradient of a positive network."""
+    units = copy.deepcopy(units)
+    for unit in units:
+        for module in unit.eval().modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.constant_(module.weight, 1 / module.weight[0].numel())
+            elif isinstance(module, nn.BatchNorm2d):
+                nn.init.ones_(module.weight)
+            for name, child in list(module.named_children()):
+                if isinstance(child, nn.MaxPool2d):  # whose gradient reaches one of its inputs only
+                    setattr(module, name, nn.AvgPool2d(child.kernel_size, child.stride, child.padding))
+    # a strip is enough, for the fields are square; float64, for the corners weigh little
+    x = torch.ones(1, 3, 32, size, dtype=torch.float64, requires_grad=True)
+    out, sides = x, []
+    for unit in units:
+        out = unit.double()(out)
+        centre = out[0, :, out.shape[2] // 2, out.shape[3] // 2].sum()
+        (gradient,) = torch.autograd.grad(centre, x, retain_graph=True)
+        columns = gradient[0].abs().amax((0, 1)).nonzero().flatten()
+        assert 0 < columns[0] and columns[-1] < size - 1, "the image is too small to show the whole field"
+        sides.append(int(columns[-1] - columns[0]) + 1)
+    return sides
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("resnet18", 512), ("resnet20", 128), ("vgg11", 256), ("vgg6", 96), ("preact_resnet50", 96)]
+)
+def test_receptive_fields_are_what_the_gradient_of_the_centre_covers(name, size):
+    backbone = built(name)
+    before = {key: value.clone() for key, value in trunk_state_dict(backbone.units).items()}
+    fields = receptive_fields(backbone)
+    assert fields == seen_by_the_centre(backbone.units, size)
+    assert all(torch.equal(value, before[key]) for key, value in trunk_state_dict(backbone.units).items())
+
+
+def test_receptive_field_of_the_cifar_stem():
+    assert receptive_fields(build_backbone("resnet18", stem="cifar"))[:2] == [3, 7]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from localsim.cli import main, make_parser
 FLAGS = {
     "run": "--rule --granularity --cuts --reach --objective --readout --noise --preset --backbone --data --data-root "
     "--epochs --batch-size --lr --seed --set --out --resume --device --debug",
-    "probe": "--protocol --epochs --report --images --seed --data --data-root --device --debug",
+    "probe": "--rule --protocol --epochs --report --images --seed --data --data-root --device --debug",
     "rules": "--stages --debug",
 }
 
@@ -67,7 +67,7 @@ TINY = "--backbone resnet20 --set image_size=16 --set projector=[8,8] --set expa
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ("--rule hebb", "unknown rule 'hebb'; allowed: blockwise, layerwise, end_to_end, untrained"),
+        ("--rule hebb", "unknown rule 'hebb'; allowed: untrained, end_to_end, blockwise, layerwise, lcl, loco"),
         ("--granularity 99", "granularity 99 is finer than the 17 unit blocks of resnet50"),
         ("--granularity 0", "granularity 0"),
         ("--granularity fine", "granularity 'fine'"),

@@ -168,7 +168,12 @@ def test_whole_numbers(name):
 @pytest.mark.parametrize(
     ("name", "allowed"),
     [
-        ("projector_init", "private, identical"),
+        ("provenance", "private, identical, frozen"),
+        ("schedule", "simultaneous, sequential"),
+        ("view_strength", "uniform, receptive_field"),
+        ("transport", "exact, feedback_alignment, sign_symmetric, direct_feedback"),
+        ("on_collapse", "stop, continue"),
+        ("feature_cache", "True, False"),
         ("lr_scaling", "linear, none"),
         ("precision", "full, bf16"),
         ("probe_protocol", "logistic, paper, none"),
@@ -190,7 +195,7 @@ def test_projector_widths(widths):
 def test_what_does_not_exist_is_named():
     assert sentence(batchsize=4).startswith("unknown setting 'batchsize'; allowed: rule, preset, granularity, ")
     assert sentence(preset="slow") == f"unknown preset 'slow'; allowed: {', '.join(PRESETS)}"
-    assert sentence(objective="vicreg").startswith("unknown objective 'vicreg'; allowed: barlow_twins")
+    assert sentence(objective="vigreg").startswith("unknown objective 'vigreg'; allowed: barlow_twins")
     assert sentence(objective_options={"lambda_": -1.0}) == "barlow_twins: lambda_ is -1.0; allowed: numbers >= 0"
     assert sentence(noise="all").startswith("noise 'all' is not understood")
     with pytest.raises(UserError, match="unknown rule 'loca'"):

@@ -17,9 +17,13 @@ from localsim.analysis import probe
 from localsim.credit import Credit
 from localsim.data.images import decode
 from localsim.errors import UserError
-from localsim.rules import rules
+from localsim.rules import own_rules
 
-STAGES = {"blockwise": 3, "end_to_end": 3, "layerwise": 10, "untrained": 3}  # of a ResNet-20
+BLOCKS = ("layerwise", "clapp", "clapp_dfb", "lpl", "auglocal")
+STAGES = {rule.name: 10 if rule.name in BLOCKS else 3 for rule in own_rules()}  # of a ResNet-20
+# unit blocks that the longest gradient crosses, where it is not one stage's
+LONGEST = {"untrained": 0, "end_to_end": 10, "loco": 7, "stopgrad_overlap": 7, "chunked": 7, "interlocking": 7,
+           "deep_supervision": 10}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=STAGES)
@@ -39,10 +43,6 @@ def pngs(folder: Path, number: int, size: int = 16, vary: bool = False) -> None:
         Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / f"{i:03d}.png")
 
 
-def test_every_rule_is_run_here():
-    assert set(STAGES) == set(rules)
-
-
 # -- a whole run ------------------------------------------------------------------------------------------------------
 
 
@@ -58,7 +58,7 @@ def test_a_run_ends_with_a_probe_of_every_stage(finished):
             assert [row.stage for row in rows] == list(range(1, num_stages + 1))
             assert all(0 <= row.low <= row.accuracy <= row.high <= 1 and row.n_test == 40 for row in rows)
     read = {row.stage for row in table.select(features="readout")}
-    assert read == {tap.stage + 1 for tap in run.network().taps}
+    assert read == {tap.stage + 1 for tap in run.network().taps if tap.readout.kind == "vector"}
     assert table.to_csv() == (run.path / "probe.csv").read_text()
 
 
@@ -72,7 +72,9 @@ def test_a_run_keeps_its_metrics_and_its_network(finished):
         return
     assert [row["step"] for row in run.metrics()] == list(range(1, 11)) and run.step == 10
     names = {f"stage{tap.stage + 1}" for tap in net.taps}
-    assert all(set(row["loss"]) == names for row in run.metrics())
+    assert set().union(*(row["loss"] for row in run.metrics())) == names
+    if run.config.schedule == "simultaneous":
+        assert all(set(row["loss"]) == names for row in run.metrics())
     # every parameter of every stage has moved: no stage was left out
     pairs = zip(net.stages.named_parameters(), start.stages.parameters(), strict=True)
     assert [name for (name, trained), before in pairs if torch.equal(trained, before)] == []
@@ -95,18 +97,19 @@ def test_the_plan_says_what_the_run_does(finished):
     cuts = re.findall(r"^ +(\d+)  (stem|layer\d\.\d) ", plan, flags=re.MULTILINE)
     assert [int(stage) for stage, _ in cuts] == list(range(1, num_stages + 1)) and cuts[0][1] == "stem"
     assert "gradient path" in plan and str(finished.network().credit) in plan
-    longest = {"blockwise": 4, "layerwise": 1, "end_to_end": 10, "untrained": 0}[rule]
+    longest = LONGEST.get(rule, 1 if num_stages == 10 else 4)
     assert f"longest gradient path: {longest} of 10 unit blocks" in plan
     assert "data: embedded, 40 training images, 40 test images, 10 classes" in plan
     if rule == "untrained":
         assert "nothing is trained" in plan
         return
-    assert "training: 2 epochs, 10 steps of 8 images x 2 views, adamw, peak learning rate 0.003" in plan
-    assert re.search(r"measured cost: \d+\.\d\d s per step, \d+ MiB of activations", plan)
+    assert re.search(r"training: 2 epochs, 10 steps of 8 images x [12] views, adamw, peak learning rate 0.003", plan)
+    assert re.search(r"measured cost: \d+\.\d\d s per step( of the last phase)?, \d+ MiB of activations", plan)
     assert "then: linear (protocol logistic) and k-NN probes of every stage" in plan
     assert "parameters: trunk 269,072, readouts and heads " in plan
-    # 0.024 * (d (1 + 1 / (n - 1)) + 0.0051 d (d - 1) / (n - 1)) with d = n = 8
-    assert f"a normal loss: {0.024 * (8 * 8 / 7 + 0.0051 * 8):.3g} is what unrelated views would give" in plan
+    if "barlow_twins" in plan:
+        # 0.024 * (d (1 + 1 / (n - 1)) + 0.0051 d (d - 1) / (n - 1)) with d = n = 8
+        assert f"a normal loss: {0.024 * (8 * 8 / 7 + 0.0051 * 8):.3g} is what unrelated views would give" in plan
 
 
 def test_a_plan_names_the_cifar_stem(tmp_path):

@@ -111,8 +111,8 @@ def test_the_probe_takes_autograds_steps():
         assert weights is not None
         torch.testing.assert_close(weights[:-1].T, layer.weight.detach(), rtol=1e-12, atol=1e-14)
         torch.testing.assert_close(weights[-1], layer.bias.detach(), rtol=1e-12, atol=1e-14)
-    assert probe.flush() == [hits / 33]
-    assert probe.flush() == [0]
+    assert probe.flush() == {0: hits / 33}
+    assert probe.flush() == {}, "nothing was observed since"
 
 
 def test_the_probe_learns_what_is_separable_and_only_that():
@@ -125,7 +125,7 @@ def test_the_probe_learns_what_is_separable_and_only_that():
         probe.observe(1, noise, labels)
         if step == 39:
             probe.flush()
-    separable, unrelated = probe.flush()
+    separable, unrelated = probe.flush().values()
     assert separable > 0.95
     assert abs(unrelated - 1 / CLASSES) < 0.1
 
@@ -134,9 +134,9 @@ def test_a_batch_is_scored_before_it_is_learned():
     probe = OnlineProbe(1, 2)
     labels = torch.tensor([1, 1, 1, 0])
     probe.observe(0, 5 * labels[:, None].float(), labels)
-    assert probe.flush() == [0.25], "weights of zero answer class 0"
+    assert probe.flush() == {0: 0.25}, "weights of zero answer class 0"
     probe.observe(0, 5 * labels[:, None].float(), labels)
-    assert probe.flush() == [1]
+    assert probe.flush() == {0: 1}
 
 
 # -- alarms -----------------------------------------------------------------------------------------------------------

@@ -94,7 +94,7 @@ def test_max_steps_stops_early_and_leaves_the_schedule_as_it_is(tmp_path):
 
 
 def test_max_steps_beyond_the_end_changes_nothing():
-    assert Schedule.of(tiny_config(max_steps=1000), 5) == Schedule.of(tiny_config(), 5)
+    assert Schedule.of(tiny_config(max_steps=1000), 5, 3) == Schedule.of(tiny_config(), 5, 3)
 
 
 def test_lines_of_metrics_come_every_log_every_steps_and_at_the_end(tmp_path):

@@ -42,8 +42,10 @@ TINY: dict[str, Any] = {
 
 
 def tiny_settings(rule: str) -> dict[str, Any]:
-    """Return the settings that have a meaning for the rule."""
-    return {name: value for name, value in TINY.items() if name not in get_rule(rule).meaningless}
+    """Return the settings that have a meaning for the rule, for images that are cut into patches with small ones."""
+    chosen = get_rule(rule)
+    patches = {"patches": "8:4"} if "patches" in chosen.settings else {}
+    return {name: value for name, value in {**TINY, **patches}.items() if name not in chosen.meaningless}
 
 
 def tiny_config(rule: str = "blockwise", **settings: Any) -> Config:

@@ -12,7 +12,7 @@ from localsim.credit import Credit
 from localsim.errors import UserError
 from localsim.network import LocalNetwork
 from localsim.presets import resolve
-from localsim.rules import get_rule, rules
+from localsim.rules import get_rule, own_rules, rules
 
 SMALL = {
     "preset": "quick",
@@ -22,11 +22,13 @@ SMALL = {
     "expand_width": 8,
     "zero_init_residual": False,  # with zero gains the weights inside a residual branch get a gradient of zero
 }
+PATCHED = {name for name, rule in rules.items() if "patches" in rule.settings}
 LEARNING = sorted(name for name, rule in rules.items() if rule.credit(4).num_taps)
 
 
 def small(rule: str, **settings) -> LocalNetwork:
-    return build(rule, **{**SMALL, **settings}).double()
+    patches = {"patches": "8:4"} if rule in PATCHED else {}
+    return build(rule, **{**SMALL, **patches, **settings}).double()
 
 
 def views(num_images: int = 4) -> list[torch.Tensor]:
@@ -51,30 +53,79 @@ def test_every_tap_changes_exactly_the_stages_of_its_row(rule):
     net = small(rule)
     matrix, taps = net.credit.matrix, net.credit.taps
     for index, tap in enumerate(net.taps):
-        alone = LocalNetwork(list(net.stages), [tap], Credit(matrix[[index]], (taps[index],)))
+        credit = Credit(matrix[[index]], (taps[index],))
+        alone = LocalNetwork(list(net.stages), [tap], credit, patches=net.patches, image_size=16)
         net.zero_grad(set_to_none=True)
         engine.backward(alone, *views(), labels=torch.arange(4), key=3)
         changed = {name for name, p in net.named_parameters() if p.grad is not None and p.grad.any()}
         touched = {name for name, p in net.named_parameters() if p.grad is not None}
-        own = (*(f"stages.{stage}." for stage in np.flatnonzero(matrix[index])), f"taps.{index}.")
-        declared = {name for name, _ in net.named_parameters() if name.startswith(own)}
-        assert changed == touched == declared, f"tap {index} of {rule}"
+        stages = tuple(f"stages.{stage}." for stage in np.flatnonzero(matrix[index]))
+        declared = {name for name, _ in net.stages.named_parameters(prefix="stages") if name.startswith(stages)}
+        own = {name for name, _ in net.named_parameters() if name.startswith(f"taps.{index}.")}
+        assert changed - own == touched - own == declared, f"tap {index} of {rule}"
+        # all of its readout and head, but for a part that its objective gives no weight (InfoPro's highest decoder)
+        assert (not own or changed & own) and all("decoder" in name for name in own - changed), f"tap {index} of {rule}"
 
 
 @pytest.mark.parametrize(
     ("rule", "num_stages", "matrix"),
     [
+        ("untrained", 3, np.zeros((0, 3))),
+        ("end_to_end", 3, np.ones((1, 3))),
         ("blockwise", 3, np.eye(3)),
         ("layerwise", 10, np.eye(10)),
-        ("end_to_end", 3, np.ones((1, 3))),
-        ("untrained", 3, np.zeros((0, 3))),
+        ("lcl", 3, np.eye(3)),
+        ("loco", 3, [[1, 1, 0], [0, 1, 1]]),
+        ("stopgrad_overlap", 3, [[2, 0, 0], [1, 2, 0], [0, 1, 2]]),
+        ("chunked", 3, [[1, 1, 0], [0, 0, 1]]),
+        ("interlocking", 3, [[0, 0, 0], [1, 0, 0], [0, 1, 1]]),
+        ("deep_supervision", 3, np.tril(np.ones((3, 3)))),
+        ("greedy_infomax", 3, np.eye(3)),
+        ("clapp", 10, np.eye(10)),
+        ("clapp_dfb", 10, np.eye(10)),
+        ("lpl", 10, np.eye(10)),
+        ("greedy_supervised", 3, np.eye(3)),
+        ("predsim", 3, np.eye(3)),
+        ("infopro", 3, np.eye(3)),
+        ("auglocal", 10, np.eye(10)),
+        ("man", 3, np.eye(3)),
     ],
 )
 def test_matrices_on_resnet20(rule, num_stages, matrix):
     net = small(rule)
     assert len(net.stages) == num_stages
     np.testing.assert_array_equal(net.credit.matrix, matrix)
-    assert [tap.stage for tap in net.taps] == list(range(num_stages - len(matrix), num_stages))
+    taps = range(num_stages - len(matrix), num_stages) if rule != "chunked" else (1, 2)
+    assert [tap.stage for tap in net.taps] == list(taps)
+
+
+def test_the_table_of_matrices_has_every_rule():
+    (mark,) = test_matrices_on_resnet20.pytestmark
+    assert [row[0] for row in mark.args[1]] == [rule.name for rule in own_rules()]
+
+
+@pytest.mark.parametrize(
+    ("rule", "reach", "credit"),
+    [
+        ("loco", 3, Credit.overlapping(3, 3)),
+        ("chunked", 1, Credit.blockwise(3)),
+        ("chunked", 3, Credit.end_to_end(3)),
+        ("interlocking", 1, Credit.blockwise(3)),
+        ("interlocking", 3, Credit.interlocking(3, 3)),
+        ("greedy_supervised", 2, Credit.banded(3, 2)),
+    ],
+)
+def test_reach_means_what_the_rule_makes_of_it(rule, reach, credit):
+    assert small(rule, reach=reach).credit == credit
+
+
+def test_taps_wait_for_the_activity_of_the_highest_stage_under_direct_feedback():
+    net = small("clapp_dfb")
+    assert {tap.context for tap in net.taps} == {9} and {tap.fires for tap in net.taps} == {9}
+
+
+def test_one_module_of_greedy_infomax_is_cpc():
+    assert small("greedy_infomax", granularity=1).credit == Credit.end_to_end(1)
 
 
 def test_the_untrained_network_learns_nothing():
@@ -129,7 +180,7 @@ def test_all_rules_of_one_seed_start_from_the_same_trunk():
 
 
 def test_projectors_are_private_or_copies_of_one_draw():
-    private, identical = (small("blockwise", projector_init=init) for init in ("private", "identical"))
+    private, identical = (small("blockwise", provenance=init) for init in ("private", "identical"))
     first, *others = (tap.head.state_dict() for tap in identical.taps)
     for other in others:
         assert_same(other, first)
@@ -176,7 +227,9 @@ def test_the_untrained_network_takes_no_credit_matrix():
 
 
 def test_unknown_rules_are_named():
-    with pytest.raises(UserError, match=f"^unknown rule 'loca'; allowed: {', '.join(rules)}$"):
+    with pytest.raises(
+        UserError, match=f"^unknown rule 'loca'; allowed: {', '.join(rules)}; a rule of your own goes by its file"
+    ):
         get_rule("loca")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -214,6 +214,77 @@ def test_views_stay_between_zero_and_one():
     edges = noise(64, 32) // 128 * 255
     views = augment_batch(edges, np.arange(64), Augmentation(), size=48, view=1, key=KEY)
     assert views.dtype == torch.float32 and views.min() >= -1e-6 and views.max() <= 1 + 1e-6
+
+
+STRENGTHS = st.floats(0, 1)
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_strength_one_is_the_augmentation_itself_and_zero_changes_nothing(name):
+    augmentation, images = AUGMENTATIONS[name], noise(8, 16)
+    assert augmentation.scaled(1) == augmentation
+    for view in (0, 1):
+        views = augment_batch(images, np.arange(8), augmentation.scaled(0), size=16, view=view, key=KEY)
+        torch.testing.assert_close(views, images / 255, rtol=0, atol=1e-6)
+
+
+def test_strength_one_half_lies_in_the_middle():
+    half = Augmentation(crop_scale=(0.2, 0.8), crop_ratio=(0.25, 4.0), blur=(1.0, 0.1), hue=0.3).scaled(0.5)
+    assert half.crop_scale == pytest.approx((0.6, 0.9)) and half.crop_ratio == pytest.approx((0.5, 2.0))
+    assert half.blur == pytest.approx((0.5, 0.05)) and half.hue == pytest.approx(0.15)
+    assert half.flip == pytest.approx(0.25) and half.blur_sigma == pytest.approx((0.05, 1.0), abs=1e-3)
+
+
+@settings(deadline=None, max_examples=50)
+@given(STRENGTHS, STRENGTHS, st.sampled_from(["barlow_twins", "small_strong", "patches"]))
+def test_more_strength_never_changes_less(one, other, name):
+    weak, strong = (AUGMENTATIONS[name].scaled(strength) for strength in sorted((one, other)))
+    for field in fields(Augmentation):
+        less, more = np.array(getattr(weak, field.name)), np.array(getattr(strong, field.name))
+        if field.name == "crop_scale":
+            less, more = -less, -more
+        elif field.name == "crop_ratio":
+            less, more = np.abs(np.log(less)), np.abs(np.log(more))
+        assert (less <= more + 1e-12).all(), field.name
+
+
+def test_views_move_further_from_the_image_with_strength():
+    images = smooth(64, 32, 32)
+    moved = []
+    for strength in (0, 0.25, 0.5, 0.75, 1):
+        scaled = AUGMENTATIONS["barlow_twins"].scaled(strength)
+        views = augment_batch(images, np.arange(64), scaled, size=32, view=0, key=KEY)
+        moved.append((views - images / 255).abs().mean().item())
+    assert moved == sorted(moved) and moved[-1] > 0.1
+
+
+@pytest.mark.parametrize("sigma", [1e-4, 0.001, 0.01])
+def test_a_narrow_blur_changes_nothing(sigma):
+    images = noise(3, 8)
+    blur = replace(NONE, blur=(1.0,), blur_sigma=(sigma, sigma))
+    views = augment_batch(images, np.arange(3), blur, size=8, view=0, key=KEY)
+    torch.testing.assert_close(views, images / 255, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("strength", [-0.1, 1.01, float("nan")])
+def test_strengths_out_of_range_are_refused(strength):
+    with pytest.raises(UserError, match=rf"^augmentation strength is {strength}; it must be between 0 and 1$"):
+        Augmentation().scaled(strength)
+
+
+def test_patch_views_are_random_crops_of_64_of_96_pixels_without_colour():
+    images, indices, patches = noise(6, 96), np.arange(6), AUGMENTATIONS["patches"]
+    views = augment_batch(images, indices, patches, size=64, view=0, key=KEY)
+    draws = draws_of(indices)
+    boxes = augment._crop_boxes(draws, 96, 96, patches).tolist()
+    assert len({(top, left) for top, left, _, _ in boxes}) > 1
+    for image, view, (top, left, rows, columns), flip in zip(
+        images, views, boxes, draws[:, augment._FLIP], strict=True
+    ):
+        assert (rows, columns) == (64, 64)
+        crop = image[:, top : top + 64, left : left + 64] / 255
+        expected = reference.rgb_to_grayscale(crop.flip(-1) if flip < 0.5 else crop, num_output_channels=3)
+        torch.testing.assert_close(view, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,57 @@ def test_an_epoch_can_be_entered_at_any_step(images):
         loader.epoch(3, start_step=6)
 
 
+def test_order_is_the_indices_of_an_epoch(images):
+    loader = views_of(images, batch_size=3)
+    order = list(loader.order(2))
+    assert [indices.tolist() for indices in order] == [batch.indices.tolist() for batch in loader.epoch(2)]
+    assert len(order) == 3 and not torch.equal(torch.cat(order), torch.cat(list(loader.order(1))))
+    assert [indices.tolist() for indices in loader.order(2, start_step=1)] == [i.tolist() for i in order[1:]]
+    assert list(loader.order(2, start_step=3)) == []
+    with pytest.raises(ValueError, match="start_step is 4; an epoch has 3 steps"):
+        loader.order(2, start_step=4)
+
+
+def test_order_reads_no_file(tmp_path):
+    loader = views_of(streamed_set(tmp_path, broken=(0, 1)), batch_size=5)
+    assert len(torch.cat(list(loader.order(0))).unique()) == 10 and loader.num_skipped == 0
+
+
+@pytest.mark.parametrize(("batch_size", "last"), [(4, 2), (3, 1), (5, 5)])
+def test_all_views_are_those_of_the_epoch_in_the_order_of_the_images(images, batch_size, last):
+    loader = views_of(images, batch_size=batch_size)
+    everything = list(loader.all_views(3))
+    assert torch.equal(torch.cat([batch.indices for batch in everything]), torch.arange(10))
+    assert {len(batch.indices) for batch in everything[:-1]} == {batch_size} and len(everything[-1].indices) == last
+    views = [torch.cat([batch.views[view] for batch in everything]) for view in range(2)]
+    for batch in loader.epoch(3):
+        for view in range(2):
+            assert torch.equal(batch.views[view], views[view][batch.indices])
+    for batch in everything:
+        assert batch.labels is not None and torch.equal(batch.labels, batch.indices % 3)
+
+
+def test_all_views_leave_out_unreadable_files_and_refuse_none_at_all(tmp_path):
+    broken = (0, 1, 5)
+    loader = views_of(streamed_set(tmp_path, num=6, broken=broken), batch_size=2)
+    with pytest.warns(UserWarning, match="skipped an unreadable image"):
+        batches = list(loader.all_views(0))
+    assert [batch.indices.tolist() for batch in batches] == [[2, 3], [4]] and loader.num_skipped == 3
+    loader = views_of(loader.images.subset(broken), batch_size=2)
+    with pytest.warns(UserWarning), pytest.raises(UserError, match="none of the 3 images can be read"):
+        list(loader.all_views(0))
+
+
+def test_another_augmentation_keeps_everything_else(images):
+    loader = views_of(images)
+    before = list(loader.epoch(0))
+    other = loader.with_augmentation(AUGMENTATIONS["none"])
+    assert loader.augmentation == AUGMENTATIONS["barlow_twins"] and other.augmentation == AUGMENTATIONS["none"]
+    assert_same(before, list(loader.epoch(0)))
+    plain = ViewLoader(images, AUGMENTATIONS["none"], size=12, batch_size=4, seed=1, **NORMAL)
+    assert_same(list(plain.epoch(0)), list(other.epoch(0)))
+
+
 def test_the_number_of_workers_changes_nothing(tmp_path):
     streamed = streamed_set(tmp_path)
     assert_same(list(views_of(streamed).epoch(0)), list(views_of(streamed, workers=2).epoch(0)))

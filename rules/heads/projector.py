@@ -1,4 +1,4 @@
-"""What stands between a tap's readout and its objective."""
+"""Heads that only re-map a vector before the objective: a projector, or nothing."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from localsim.errors import UserError
+from localsim.rules.site import Site
 
 
 def projector(in_features: int, widths: Sequence[int]) -> nn.Sequential:
@@ -28,3 +29,23 @@ def projector(in_features: int, widths: Sequence[int]) -> nn.Sequential:
         layers += [nn.Linear(in_features, width, bias=False), nn.BatchNorm1d(width), nn.ReLU()]
         in_features = width
     return nn.Sequential(*layers, nn.Linear(in_features, widths[-1], bias=False))
+
+
+class Projector(nn.Sequential):
+    """Linear layers with batch norm and ReLU between them, as wide as the setting `projector` says."""
+
+    takes = "vector"
+    gives = "vector"
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(*projector(site.shape[0], site.widths))
+
+
+class NoHead(nn.Identity):
+    """The readout's vector is the embedding."""
+
+    takes = "vector"
+    gives = "vector"
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
