@@ -177,6 +177,7 @@ def probe(
         seed=seed,
         precision=config.precision,
         workers=config.workers,
+        grey=AUGMENTATIONS[config.augmentation].gray == 1,
         epochs=epochs,
         report=report,
     )
@@ -207,6 +208,7 @@ def probe_networks(
     seed: int = 0,
     precision: str = "full",
     workers: int = 0,
+    grey: bool = False,
     epochs: int | None = None,
     report: str | None = None,
 ) -> ProbeTable:
@@ -227,6 +229,7 @@ def probe_networks(
         seed: of the probes (not of the networks).
         precision: of the forward passes.
         workers: processes that decode streamed images.
+        grey: show images without colour, for networks that were trained on none.
         epochs: of `paper`, 100 if not given.
         report: for `paper`, the `last` epoch (if not given), or the `best` on the test images, as published
             (optimistic).
@@ -247,7 +250,7 @@ def probe_networks(
 
     def batches(images: ImageSet) -> Iterator[Batch]:
         return plain_batches(images, size=image_size, batch_size=BATCH, mean=data.mean, std=data.std, workers=workers,
-                             device=device)  # fmt: skip
+                             device=device, grey=grey)  # fmt: skip
 
     scores: dict[tuple[str, int, str, str], ProbeScore] = {}
     for name, net in networks.items():
@@ -260,7 +263,7 @@ def probe_networks(
         if protocol == "paper":
             fitted = _paper_probe(net, train, data, x_test, y_test, image_size=image_size, seed=seed,
                                   epochs=100 if epochs is None else epochs, precision=precision, workers=workers,
-                                  report=report or "last")  # fmt: skip
+                                  grey=grey, report=report or "last")  # fmt: skip
         else:
             fitted = {
                 key: linear_probe(x_train[key], y_train, x_test[key], y_test, num_classes=num_classes, seed=seed)
@@ -272,7 +275,7 @@ def probe_networks(
                 x_train[stage, features], y_train, x_test[stage, features], y_test, num_classes=num_classes,
                 k=min(20, len(y_train)), seed=seed,
             )  # fmt: skip
-    shared = {"protocol": protocol, "image_size": image_size, "precision": precision, "data": data.name}
+    shared = {"protocol": protocol, "image_size": image_size, "precision": precision, "data": data.name, "grey": grey}
     return ProbeTable(tuple(_row(key, score, scores, shared) for key, score in scores.items()))
 
 
@@ -288,11 +291,12 @@ def _paper_probe(
     epochs: int,
     precision: str,
     workers: int,
+    grey: bool,
     report: str,
 ) -> dict[tuple[int, str], ProbeScore]:
     loader = ViewLoader(
-        train, AUGMENTATIONS["crop_flip"], size=image_size, batch_size=min(BATCH, len(train)), seed=seed,
-        mean=data.mean, std=data.std, num_views=1, workers=workers, device=net.device,
+        train, replace(AUGMENTATIONS["crop_flip"], gray=float(grey)), size=image_size,
+        batch_size=min(BATCH, len(train)), seed=seed, mean=data.mean, std=data.std, num_views=1, workers=workers, device=net.device,
     )  # fmt: skip
 
     def epoch_of_features(epoch: int) -> Iterator[tuple[dict[str, Tensor], Tensor]]:

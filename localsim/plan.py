@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from localsim.analysis import plots
-from localsim.assembly import build_trunk, trunk_size
+from localsim.assembly import build_trunk, trunk_size, view_strengths
 from localsim.config import Config
 from localsim.data import Batch, Data, ViewLoader, plain_batches
 from localsim.network import LocalNetwork
@@ -51,7 +51,7 @@ def describe(config: Config, net: LocalNetwork, data: Data, loader: ViewLoader, 
         f"{loader.num_views} views, {config.optimizer}, peak learning rate {schedule.peak:g}, "
         f"{config.precision} precision on {net.device}",
         f"parameters: trunk {trunk:,}, readouts and heads {heads:,}",
-        *describe_phases(config, schedule),
+        *describe_phases(config, net, schedule),
         f"measured cost: {cost.seconds:.2f} s per step{of_what}, {cost.held_bytes / 2**20:.0f} MiB of activations "
         f"held at the peak; about {schedule.last_step * cost.seconds / 60:.1f} min of training",
     ]
@@ -91,7 +91,7 @@ def describe_taps(config: Config, net: LocalNetwork) -> list[str]:
     return [*told, ", ".join(plain)]
 
 
-def describe_phases(config: Config, schedule: Schedule) -> list[str]:
+def describe_phases(config: Config, net: LocalNetwork, schedule: Schedule) -> list[str]:
     """Return what a sequential schedule does, as no line or one."""
     if len(schedule.phases) < 2:
         return []
@@ -100,7 +100,8 @@ def describe_phases(config: Config, schedule: Schedule) -> list[str]:
     if config.feature_cache:
         told += ", and its outputs for one draw of views are kept on disk"
     if config.view_strength != "uniform":
-        told += "; views scaled with the receptive field"
+        strengths = ", ".join(f"{strength:.2f}" for strength in view_strengths(config, net))
+        told += f"; strength of the views, by the receptive field: {strengths}"
     return [told]
 
 

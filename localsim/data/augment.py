@@ -345,6 +345,11 @@ def _jitter_(images: Tensor, amounts: np.ndarray, order: np.ndarray) -> Tensor:
     return images
 
 
+def without_colour(images: Tensor) -> Tensor:
+    """Return `(n, 3, H, W)` images whose three channels are their luma."""
+    return _grey(images).repeat(1, 3, 1, 1)
+
+
 def _grey(images: Tensor) -> Tensor:
     """Return `(n, 1, H, W)` luma."""
     red, green, blue = images.split(1, dim=1)

@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from localsim import rng
-from localsim.data.augment import Augmentation, augment_batch, crop_image, recolour_
+from localsim.data.augment import Augmentation, augment_batch, crop_image, recolour_, without_colour
 from localsim.data.datasets import ImageSet, Triple, warn_skipped
 from localsim.data.images import UnreadableImageError, decode
 from localsim.errors import UserError
@@ -175,29 +175,43 @@ def plain_batches(
     std: Triple,
     workers: int = 0,
     device: torch.device | str = "cpu",
+    grey: bool = False,
 ) -> Iterator[Batch]:
     """Iterate over all images once, in order and unaugmented, one view each; the last batch may be smaller.
 
     Images of another size are resized (bilinear, antialiased) until the shorter side is 8/7 of `size`, and cropped to
     the central square: 256 and 224 pixels in torchvision's evaluation of ImageNet. Unreadable streamed files are left
-    out with a warning that names them; `indices` says which images a batch holds.
+    out with a warning that names them; `indices` says which images a batch holds. `grey` takes their colour away, for
+    networks that have never seen any.
 
     Raises:
         UserError: if a number is out of range, or no image can be read.
     """
     _check_at_least(("size", size, 1), ("batch_size", batch_size, 1), ("workers", workers, 0))
-    return _plain_batches(images, size, batch_size, workers, torch.device(device), mean, std)
+    return _plain_batches(images, size, batch_size, workers, torch.device(device), mean, std, grey)
 
 
 def _plain_batches(
-    images: ImageSet, size: int, batch_size: int, workers: int, device: torch.device, mean: Triple, std: Triple
+    images: ImageSet,
+    size: int,
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+    mean: Triple,
+    std: Triple,
+    grey: bool,
 ) -> Iterator[Batch]:
     normalise = _normaliser(mean, std, device)
+
+    def finished(plain: Tensor) -> Tensor:
+        pixels = plain.float().div_(255)
+        return normalise(without_colour(pixels) if grey else pixels)
+
     everything = torch.arange(len(images))
     if images.images is not None:
         for indices in everything.split(batch_size):
             plain = _central(images.images[indices].to(device), size)
-            yield Batch((normalise(plain.float().div_(255)),), _labels(images, indices, device), indices)
+            yield Batch((finished(plain),), _labels(images, indices, device), indices)
         return
     skipped: set[str] = set()
     for indices, plain, failures in _stream(
@@ -205,8 +219,7 @@ def _plain_batches(
     ):
         _warn_once(failures, skipped)
         if len(indices):
-            view = normalise(plain[:, 0].float().div_(255))
-            yield Batch((view,), _labels(images, indices, device), indices)
+            yield Batch((finished(plain[:, 0]),), _labels(images, indices, device), indices)
     _check_any_read(images, skipped)
 
 

@@ -20,11 +20,13 @@ from localsim.data import Data, load_data, plain_batches
 from localsim.errors import UserError
 from localsim.network import LocalNetwork
 from localsim.presets import resolve
+from localsim.runs import Run
+
+TINY_NETWORK = {"backbone": "resnet20", "image_size": 16, "expand_width": 8, "projector": [8, 8], "batch_size": 8}
 
 
 def network(**settings) -> LocalNetwork:
-    tiny = {"backbone": "resnet20", "image_size": 16, "expand_width": 8, "projector": [8, 8]}
-    return build_network(resolve("blockwise", None, {**tiny, **settings}))
+    return build_network(resolve("blockwise", None, {**TINY_NETWORK, **settings}))
 
 
 @pytest.fixture(scope="module")
@@ -345,3 +347,15 @@ def test_an_unknown_protocol_or_report_is_refused(networks, data):
 def test_a_probe_without_the_untrained_network_is_refused(networks, data):
     with pytest.raises(ValueError, match="needs the untrained network beside it"):
         probe_networks({"blockwise": networks["blockwise"]}, data, image_size=16)
+
+
+@pytest.mark.parametrize(("augmentation", "grey"), [("patches", True), ("small", False)])
+def test_a_network_trained_without_colour_is_probed_without(data, tmp_path, monkeypatch, augmentation, grey):
+    net = network()
+    run = Run(tmp_path, resolve("blockwise", None, {**TINY_NETWORK, "augmentation": augmentation}))
+    made = probe_networks({"untrained": net, "blockwise": net}, data, image_size=16, grey=grey)
+    seen = []
+    monkeypatch.setattr(stage_probe, "probe_networks", lambda *_, **options: seen.append(options) or made)
+    stage_probe.probe(run, data=data, trained=net)
+    assert [options["grey"] for options in seen] == [grey]
+    assert {row.settings["grey"] for row in made.rows} == {grey}

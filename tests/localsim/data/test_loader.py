@@ -294,3 +294,14 @@ def test_plain_batches_leave_out_unreadable_files_and_refuse_none_at_all(tmp_pat
         list(plain_batches(streamed.subset([0, 2]), size=8, batch_size=2, **NORMAL))
     with pytest.raises(UserError, match="size is 0"):
         plain_batches(streamed, size=0, batch_size=2, **NORMAL)
+
+
+def test_plain_batches_without_colour_are_the_luma_in_every_channel():
+    images = memory_set(10, 12)
+    for plain, grey in zip(
+        plain_batches(images, size=12, batch_size=4, **PLAIN),
+        plain_batches(images, size=12, batch_size=4, grey=True, **PLAIN),
+        strict=True,
+    ):
+        luma = torch.einsum("nchw,c->nhw", plain.views[0], torch.tensor([0.2989, 0.587, 0.114]))
+        assert torch.allclose(grey.views[0], luma[:, None].expand(-1, 3, -1, -1), atol=1e-6)
