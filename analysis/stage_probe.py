@@ -296,7 +296,8 @@ def _paper_probe(
 ) -> dict[tuple[int, str], ProbeScore]:
     loader = ViewLoader(
         train, replace(AUGMENTATIONS["crop_flip"], gray=float(grey)), size=image_size,
-        batch_size=min(BATCH, len(train)), seed=seed, mean=data.mean, std=data.std, num_views=1, workers=workers, device=net.device,
+        batch_size=min(BATCH, len(train)), seed=seed, mean=data.mean, std=data.std, num_views=1, workers=workers,
+        device=net.device,
     )  # fmt: skip
 
     def epoch_of_features(epoch: int) -> Iterator[tuple[dict[str, Tensor], Tensor]]:

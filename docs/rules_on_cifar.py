@@ -55,14 +55,15 @@ def table(runs: dict[str, Run]) -> str:
         assert found is not None
         for network in found.networks:
             config = run.config
-            control = (network, config.backbone, config.granularity, config.patches, config.noise)
+            # the calibrated one has its rule's noise and views too; one of each cut is enough to show
+            control = (network, config.backbone, config.granularity, config.patches)
             if network in ("untrained", "calibrated"):
                 if control in seen:
                     continue
                 seen.add(control)
             rows = found.select(network=network, probe="linear", features="raw")
             cells = [cell(row) for row in rows] + [""] * (deepest - len(rows))
-            shown = network if network == name else f"{network} ({name}'s cuts and noise)"
+            shown = f"`{name}`" if network == name else f"{network} (as for `{name}`)"
             lines.append(f"| {shown} | {config.backbone} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
