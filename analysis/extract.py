@@ -46,6 +46,11 @@ def batch_features(net: LocalNetwork, images: Tensor, *, precision: str = "full"
     return features
 
 
+def has_batch_norm(module: nn.Module) -> bool:
+    """Return whether a network measures statistics of batches, so that it can be calibrated."""
+    return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
+
+
 def calibrated(net: LocalNetwork, batches: Iterable[Batch], *, seed: int = 0) -> LocalNetwork:
     """Return a copy whose batch-norm statistics are those of the given images; no weight is changed.
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from localsim.analysis import plots
-from localsim.analysis.extract import batch_features, calibrated, collect_features, stream_features
+from localsim.analysis.extract import batch_features, calibrated, collect_features, has_batch_norm, stream_features
 from localsim.analysis.probes import ProbeScore, knn_probe, linear_probe, paired_bootstrap, sgd_probe
 from localsim.data import AUGMENTATIONS, Batch, Data, ImageSet, ViewLoader, class_balanced, plain_batches
 from localsim.errors import UserError, one_of
@@ -163,7 +163,7 @@ def probe(
     for tap in untrained.taps:
         tap.head = nn.Identity()  # probes read no heads, and those of ImageNet's preset take 2.4 GB
     networks = {"untrained": untrained.to(device)}
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in untrained.modules()):
+    if has_batch_norm(untrained):
         views = islice(open_loader(config, data, device).epoch(0), CALIBRATION_BATCHES)
         networks["calibrated"] = calibrated(untrained, views, seed=config.seed)
     if len(untrained.taps):

@@ -19,17 +19,20 @@ HEAD = """\
 
 Made by `python docs/rules_table.py` from the code; a test compares the two.
 
-Every row is a rule as `localsim run --rule NAME` runs it, but for what a preset decides (widths, batch, length). In the
-credit matrices rows are losses, from the lowest up, columns are stages 1 to 4 (a rule whose partition is `block` has as
-many as its backbone has unit blocks; the pattern is the same), entries the weight with which a loss may change a stage.
-The gradient path is the longest on the rule's default backbone, in unit blocks: how far a learning signal travels.
+Every row is a rule at full size, under `--preset imagenet`; other presets have smaller networks, widths and batches,
+and bring their own augmentation and optimiser to the rules that name none. In the credit matrices rows are losses,
+from the lowest up, columns are stages 1 to 4 (a rule whose partition is `block` has as many as its backbone has unit
+blocks; the pattern is the same), entries the weight with which a loss may change a stage. The gradient path is the
+longest on the rule's default backbone, in unit blocks: how far a learning signal travels. What a rule leaves out of its
+paper stands in its file in `rules/` and in the docstrings of its head and objective.
+
 Any objective, reach, cut, schedule or transport can be given to any rule where it has a meaning:
 `localsim run --rule blockwise --objective vicreg --reach 2 --granularity 8 --set schedule=sequential`.
 """
 
 COLUMNS = (
     "rule", "paper", "backbone, partition", "credit (4 stages)", "readout", "head", "objective", "boundary", "schedule",
-    "transport", "gradient path",
+    "transport", "gradient path", "augmentation, optimiser",
 )  # fmt: skip
 
 
@@ -65,8 +68,18 @@ def row(rule: Rule) -> str:
         "-" if untrained else config.schedule + sequential,
         "-" if untrained else config.transport,
         gradient_path(config),
+        "-" if untrained else recipe(rule, config),
     ]  # fmt: skip
     return "| " + " | ".join(cells) + " |"
+
+
+def recipe(rule: Rule, config: Config) -> str:
+    """Return augmentation and optimiser, where the rule names them."""
+    augmentation = config.augmentation if "augmentation" in rule.settings else "the preset's"
+    if "optimizer" not in rule.settings:
+        return f"{augmentation}, the preset's" if augmentation != "the preset's" else "the preset's"
+    per = " per 256 images" if config.lr_scaling == "linear" else ""
+    return f"{augmentation}, {config.optimizer} {config.lr:g}{per}, weight decay {config.weight_decay:g}"
 
 
 def options(name: str, values: dict | None = None) -> str:
@@ -91,9 +104,12 @@ AXES = """\
 
 Any objective below works under any credit matrix and cut. `--objective NAME` brings the head and the readout that it
 needs, `--set head=NAME` and `--readout NAME` choose others that fit; a comma list gives every loss its own, from the
-lowest up: `--objective simclr,vicreg,barlow_twins,barlow_twins`. Options:
-`--set 'objective_options={"temperature": 0.2}'`; with `{"from": 1, "to": 0}` in place of a number they run from the
-lowest loss to the highest; where losses differ, options go by name, `{"simclr": {"temperature": 0.2}}`.
+lowest up: `--objective simclr,vicreg,barlow_twins,barlow_twins`. (`infonce` and `hinge` with the head `predictor`
+compare patches: images are then cut into patches of 16 pixels, which a deep network must not shrink away, and batch
+norm mixes the patches of an image, which makes the task easier than it should be; `vgg6` and `preact_resnet50` have
+none.) Options: `--set 'objective_options={"temperature": 0.2}'`, one by one in place of the rule's; with
+`{"from": 1, "to": 0}` in place of a number they run from the lowest loss to the highest; where losses differ, options
+go by name, `{"simclr": {"temperature": 0.2}}`.
 
 - **Schedule**: `simultaneous`, or `--set schedule=sequential`: one loss after the other, from the lowest up, each with
   its share of the steps and a learning rate that warms up and falls anew; the stages below its reach are frozen, in
@@ -102,19 +118,19 @@ lowest loss to the highest; where losses differ, options go by name, `{"simclr":
 - **Transport** (`localsim/transport.py`), within the reach: `exact`; `feedback_alignment` (Lillicrap et al. 2016),
   fixed random weights on the way back; `sign_symmetric` (Liao et al. 2016), the signs of the weights; `direct_feedback`
   (Noekland 2016), every layer hears a random projection of the loss's error. The credit matrix is the same under all.
-- **Provenance** of readouts and heads: `private` draws, `identical` copies of one draw, `frozen` at random; and the
-  readout `subsample`, the mean over a random part of the positions.
+- **Provenance**: readouts and heads of `private` draws; heads that start as `identical` copies (where their shapes
+  agree); readouts and heads `frozen` at random; and the readout `subsample`, the mean over a random part of the
+  positions.
 """
 
 
 def objectives() -> list[str]:
     """Return the table of objectives."""
-    rows = ["| objective | what it does | head | options | labels |", "|---" * 5 + "|"]
+    rows = ["| objective | what it does | reads | default head | options | labels |", "|---" * 6 + "|"]
     for name, kind in OBJECTIVES.items():
         shown = ", ".join(f"{f.name} {f.default}" for f in dataclasses.fields(kind))
-        rows.append(
-            f"| `{name}` | {first_line(kind)} | `{kind.head}` | {shown} | {'yes' if kind.needs_labels else ''} |"
-        )
+        labels = "yes" if kind.needs_labels else ""
+        rows.append(f"| `{name}` | {first_line(kind)} | {kind.reads} | `{kind.head}` | {shown} | {labels} |")
     return rows
 
 

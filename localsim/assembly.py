@@ -28,6 +28,9 @@ from localsim.rules.readouts import make_readout
 from localsim.rules.site import Site
 from localsim.transport import set_transport
 
+MAX_ERROR = 20_000
+"""Entries of an embedding that direct feedback broadcasts: its matrices have as many rows, for every layer."""
+
 
 def build(
     rule: str = "blockwise",
@@ -68,6 +71,8 @@ def build_network(config: Config) -> LocalNetwork:
     net_stages = [Stage([backbone.units[unit] for unit in units], make_boundary(noise)) for units in stages]
     shapes = unit_shapes(backbone, trunk_size(config))
     taps = [build_tap(config, backbone, stages, shapes, credit, tap) for tap in range(credit.num_taps)]
+    if config.provenance == "identical":
+        _copy_first(taps)
     net = LocalNetwork(
         net_stages,
         taps,
@@ -138,7 +143,7 @@ def build_tap(
         num_classes=config.num_classes,
         end=end,
     )
-    with keyed(config.seed, "init", "projector", 0 if config.provenance == "identical" else tap):
+    with keyed(config.seed, "init", "projector", tap):
         head = make_head(head_name, site, options_at(config.head_options, head_name, heads, place), kind=readout.kind)
     objective = make_objective(objective_name, options_at(config.objective_options, objective_name, objectives, place))
     contexts = {"top": len(stages) - 1, "images": IMAGES}
@@ -147,6 +152,19 @@ def build_tap(
         for parameter in made.parameters():
             parameter.requires_grad = False
     return made
+
+
+def _copy_first(taps: list[Tap]) -> None:
+    """Give the parameters of all heads the values of the lowest tap's, wherever names and shapes agree.
+
+    Heads that read vectors of different widths differ in their first layer.
+    """
+    first = dict(taps[0].head.named_parameters()) if taps else {}
+    with torch.no_grad():
+        for tap in taps[1:]:
+            for name, parameter in tap.head.named_parameters():
+                if name in first and first[name].shape == parameter.shape:
+                    parameter.copy_(first[name])
 
 
 def build_trunk(config: Config) -> tuple[Backbone, Stages]:
@@ -169,11 +187,15 @@ def build_credit(config: Config, num_stages: int) -> Credit:
             raise UserError(f"the credit matrix has {own.num_stages} stages but the network has {num_stages}")
         return own
     make = get_rule(config.rule).credit
-    if config.reach is None:
-        return make(num_stages)
-    if len(inspect.signature(make).parameters) < 2:
+    if config.reach is not None and len(inspect.signature(make).parameters) < 2:
         raise UserError(f"rule {config.rule} has no reach to choose: its matrix follows from the number of stages")
-    return make(num_stages, config.reach)
+    try:
+        return make(num_stages) if config.reach is None else make(num_stages, config.reach)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a user's function may raise
+        told = f"{type(error).__name__}: {error}"
+        raise UserError(f"the credit of rule {config.rule} failed for {num_stages} stages: {told}") from error
 
 
 def open_patches(config: Config) -> Patches | None:
@@ -192,13 +214,19 @@ def view_strengths(config: Config, net: LocalNetwork) -> list[float]:
 
         strength = min(1, receptive field / image size),    where images are cut into patches of at most a patch's
 
-    Parthasarathy et al. 2023 (LCL-V2) scale deformations with the receptive field; the proportion is ours.
+    Parthasarathy et al. 2024 (LCL-V2) scale deformations with the receptive field; the proportion is ours.
     """
     if config.view_strength == "uniform":
         return [1.0] * len(net.taps)
     fields = receptive_fields(build_trunk(config)[0])
     last = [sum(net.units_per_stage[: tap.stage + 1]) - 1 for tap in net.taps]
-    return [min(fields[unit], trunk_size(config)) / config.image_size for unit in last]
+    strengths = [min(fields[unit], trunk_size(config)) / config.image_size for unit in last]
+    if min(strengths, default=0) == 1:
+        raise UserError(
+            "view_strength receptive_field changes nothing: every tap's stage sees all of an image of "
+            f"{config.image_size} px; give larger images, a finer cut or a backbone with smaller receptive fields"
+        )
+    return strengths
 
 
 def _error_width(net: LocalNetwork, config: Config) -> int:
@@ -215,4 +243,9 @@ def _error_width(net: LocalNetwork, config: Config) -> int:
             parts = (z,) if isinstance(z, Tensor) else z
             widths.append(sum(part[0].numel() for part in parts))
     net.train()
+    if max(widths) > MAX_ERROR:
+        raise UserError(
+            "direct_feedback sends every entry of an error to every layer, and the embeddings of head "
+            f"{config.head} have {max(widths):,}; allowed: up to {MAX_ERROR:,}"
+        )
     return max(widths)

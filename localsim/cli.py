@@ -119,7 +119,9 @@ def make_parser() -> argparse.ArgumentParser:
     much.add_argument("--data-root", metavar="DIR", help="where named data sets lie or are downloaded to")
     much.add_argument("--epochs", metavar="N", type=int, help="passes over the training images")
     much.add_argument("--batch-size", metavar="N", type=int, help="images in a batch")
-    much.add_argument("--lr", metavar="X", type=float, help="peak learning rate (preset imagenet: per 256 images)")
+    much.add_argument(
+        "--lr", metavar="X", type=float, help="peak learning rate (per 256 images where lr_scaling is linear)"
+    )
     much.add_argument("--seed", metavar="N", type=int, help="of initialisation, order, views and noise (default 0)")
     much.add_argument("--set", metavar="NAME=VALUE", action="append", default=[],
                       help="any other setting, e.g. --set precision=full; may be repeated")  # fmt: skip

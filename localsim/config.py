@@ -91,6 +91,8 @@ class Config:
         for name, allowed in _ONE_OF.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(map(str, allowed))}")
+        if not isinstance(self.patches, str):
+            raise UserError(f"patches is {self.patches!r}; allowed: none, or SIZE:STRIDE in pixels, e.g. 16:8")
         for name in _TEXT:
             if not isinstance(getattr(self, name), str):
                 raise UserError(f"{name} is {getattr(self, name)!r}; allowed: text")

@@ -8,7 +8,8 @@ yields a boundary gradient, a *signal*, which vector-Jacobian products (VJPs) ca
   gradients; when one group is all there is, both VJPs are one call;
 - a segment is freed as soon as no later tap can reach it. Its gradients are then final, and it may be updated.
 
-This file is the only place that cuts the graph.
+This file is the only place that cuts the graph between stages; `localsim.transport` says how a gradient crosses a
+layer.
 """
 
 from __future__ import annotations
@@ -106,7 +107,10 @@ def backward(
         raise UserError("engine.backward needs at least one view of the images")
     if key is None:
         key = int(torch.randint(2**62, ()))
-    step = _Step(net, labels, key, precision, hooks or Hooks(), range(len(net.taps)) if taps is None else taps, start)
+    acting = range(len(net.taps)) if taps is None else sorted(taps)
+    if len(set(acting)) != len(acting) or not set(acting) <= set(range(len(net.taps))):
+        raise UserError(f"taps {list(acting)} cannot act; allowed: each at most once of 0 to {len(net.taps) - 1}")
+    step = _Step(net, labels, key, precision, hooks or Hooks(), acting, start)
     inputs = step.enter(views)
     above = len(net.stages) if taps is None else 1 + max((net.taps[tap].fires for tap in taps), default=start - 1)
     for now in range(start, above):

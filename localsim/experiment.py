@@ -15,7 +15,8 @@ import torch
 from localsim import runs
 from localsim.analysis import plots
 from localsim.analysis.stage_probe import probe
-from localsim.assembly import build_network
+from localsim.assembly import build_network, build_trunk, trunk_size
+from localsim.backbones import unit_shapes
 from localsim.config import FREE, Config
 from localsim.credit import Credit
 from localsim.data import Batch, Data, ViewLoader
@@ -29,6 +30,7 @@ from localsim.rng import key
 from localsim.rules import get_rule
 from localsim.runs import Run
 from localsim.schedule import Schedule
+from localsim.sources import scaled_views
 from localsim.train import rehearse, train
 
 if TYPE_CHECKING:
@@ -106,19 +108,42 @@ def prepare(config: Config) -> Prepared:
     net = build_network(config).to(device)
     if config.channels_last:
         net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    check_precision(config, net)
     data = open_data(config)
     loader = open_loader(config, data, device)
+    first_views = loader
     if len(net.taps):
-        Schedule.of(config, loader.steps_per_epoch, len(net.taps)).optimizer(net, config)
+        schedule = Schedule.of(config, loader.steps_per_epoch, len(net.taps))
+        schedule.optimizer(net, config)
+        first_views = scaled_views(net, loader, config, schedule.phases[0])
     if data.test is not None and len(data.test) < MIN_TEST_IMAGES and config.probe_protocol != "none":
         raise UserError(
             f"{data.name!r} has {len(data.test)} test images; a probe needs {MIN_TEST_IMAGES} or more "
             "(--set probe_protocol=none trains without one)"
         )
-    batch = next(iter(loader.epoch(0)))
+    batch = next(iter(first_views.epoch(0)))
     check_labels(config, net, data, batch)
     cost = rehearse(net, batch, config) if len(net.taps) else None
     return Prepared(data, net, loader, describe(config, net, data, loader, cost), draw_views(data, batch))
+
+
+def check_precision(config: Config, net: LocalNetwork) -> None:
+    """Raise UserError where torch's bfloat16 convolutions on the CPU return garbage as the gradient of their weights.
+
+    A strided convolution whose kernel is larger than its map of one position leaves part of that gradient unwritten
+    (seen with torch 2.15: whatever the memory held before, now and then not a number).
+    """
+    if config.precision != "bf16" or net.device.type != "cpu":
+        return
+    shapes = unit_shapes(build_trunk(config)[0], trunk_size(config))
+    for unit, (_, height, width) in zip(net.units[1:], shapes, strict=False):
+        convolutions = [module for module in unit.modules() if isinstance(module, torch.nn.Conv2d)]
+        if height == width == 1 and any(c.stride[0] > 1 and c.kernel_size[0] > 1 for c in convolutions):
+            raise UserError(
+                f"{unit.name} of {config.backbone} gets maps of one position, on which bf16 gradients are wrong on the "
+                f"CPU; give --set precision=full, {'larger patches' if net.patches else 'larger images'} or another "
+                "backbone"
+            )
 
 
 def check_labels(config: Config, net: LocalNetwork, data: Data, batch: Batch) -> None:
@@ -144,10 +169,15 @@ def _carry_out(opened: Run, prepared: Prepared, say: Say, *, progress: bool) -> 
     plots.save(prepared.views, path / "figures" / "views.png")
     plots.save(draw_credit(net), path / "figures" / "credit.png")
     if len(net.taps):
+        total = Schedule.of(config, loader.steps_per_epoch, len(net.taps)).total_steps
+        if before := runs.checkpoint_step(path):
+            say(f"continued after step {before} of {total}\n")
         step = train(net, loader, config, path, num_classes=len(data.classes), progress=progress)
         if rows := runs.read_metrics(path):
             plots.save(plots.loss_curves(rows), path / "figures" / "loss.png")
         say(f"trained {step} steps in {(time.monotonic() - began) / 60:.1f} min; {peak_memory(net.device)}\n")
+        if step < total:
+            say(f"stopped by max_steps after {step} of {total} steps; continue with --resume\n")
     num_skipped = loader.num_skipped + data.num_skipped
     if num_skipped:
         say(f"skipped {num_skipped} unreadable images (the warnings name them)\n")
@@ -186,14 +216,8 @@ def _default_folder(config: Config) -> Path:
     if config.reach is not None:
         parts.append(f"r{config.reach}")
     parts += [config.preset, f"s{config.seed}"]
-    rule = get_rule(config.rule)
-    usual = {
-        **{field.name: field.default for field in dataclasses.fields(config)},
-        "objective": rule.objective,
-        "readout": rule.readout,
-        "noise": str(rule.noise),
-        **PRESETS[config.preset],
-    }
+    data = {"data": config.data} if not PRESETS[config.preset]["data"] else {}
+    usual = resolve(config.rule, config.preset, data).to_json()
     named = ("rule", "preset", "granularity", "cuts", "reach", "seed")
     others = {n: value for n, value in config.to_json().items() if n not in (*named, *FREE) and value != usual[n]}
     if others:

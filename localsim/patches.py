@@ -72,6 +72,7 @@ class Patches:
         patches = images.unfold(2, self.size, self.stride).unfold(3, self.size, self.stride)
         return patches.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
 
-    def unfold(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Put vectors of folded patches, `(n * rows * cols, d)`, back in their places: `(n, d, rows, cols)`."""
-        return x.unflatten(0, (-1, *grid)).permute(0, 3, 1, 2)
+
+def unfold(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Put vectors of folded patches, `(n * rows * cols, d)`, back in their places: `(n, d, rows, cols)`."""
+    return x.unflatten(0, (-1, *grid)).permute(0, 3, 1, 2)

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from localsim.analysis import plots
+from localsim.analysis.extract import has_batch_norm
 from localsim.assembly import build_trunk, trunk_size, view_strengths
 from localsim.config import Config
 from localsim.data import Batch, Data, ViewLoader, plain_batches
+from localsim.monitor import tap_names
 from localsim.network import LocalNetwork
 from localsim.partition import cut_table, format_cut_table
 from localsim.rules.choices import at_tap, listed
@@ -42,12 +44,14 @@ def describe(config: Config, net: LocalNetwork, data: Data, loader: ViewLoader, 
     if cost is None:
         return "\n".join([*lines, "nothing is trained: the untrained network is probed"])
     schedule = Schedule.of(config, loader.steps_per_epoch, len(net.taps))
+    stops = schedule.last_step < schedule.total_steps
+    steps = f"{schedule.last_step} of {schedule.total_steps}" if stops else str(schedule.last_step)
     of_what = " of the last phase" if len(schedule.phases) > 1 else ""
     trunk = sum(p.numel() for stage in net.stages for p in stage.parameters())
     heads = sum(p.numel() for p in net.taps.parameters())
     lines += [
         *describe_taps(config, net),
-        f"training: {config.epochs} epochs, {schedule.last_step} steps of {config.batch_size} images x "
+        f"training: {config.epochs} epochs, {steps} steps of {config.batch_size} images x "
         f"{loader.num_views} views, {config.optimizer}, peak learning rate {schedule.peak:g}, "
         f"{config.precision} precision on {net.device}",
         f"parameters: trunk {trunk:,}, readouts and heads {heads:,}",
@@ -58,15 +62,24 @@ def describe(config: Config, net: LocalNetwork, data: Data, loader: ViewLoader, 
     if data.test is not None and config.probe_protocol != "none":
         lines.append(
             f"then: linear (protocol {config.probe_protocol}) and k-NN probes of every stage, of this network and of "
-            "two untrained controls"
+            + ("two untrained controls" if has_batch_norm(net.stages) else "the untrained one")
         )
-    chances = [tap.objective.chance_level(cost.widths.get(i, 0), config.batch_size) for i, tap in enumerate(net.taps)]
-    told = {f"{chance:.3g}" for i, chance in enumerate(chances) if chance is not None and i in cost.widths}
+    chances = {
+        name: net.taps[tap].objective.chance_level(cost.widths[tap], config.batch_size)
+        for tap, name in enumerate(tap_names(net))
+        if tap in cost.widths
+    }
+    told = {name: f"{chance:.3g}" for name, chance in chances.items() if chance is not None}
     if told:
+        same = len(set(told.values())) == 1
+        levels = next(iter(told.values())) if same else ", ".join(f"{level} ({name})" for name, level in told.items())
         lines.append(
-            f"a normal loss: {' or '.join(sorted(told))} is what unrelated views would give; every tap should fall "
-            "clearly below it within the first epochs; a tap that stays there learns nothing"
+            f"a normal loss: {levels} or more is what a tap that has learned nothing gives (unrelated views, or "
+            "guessing; objectives that do not scale embeddings start far above); every tap should come clearly below it"
         )
+    idle = [name for tap, name in enumerate(tap_names(net)) if net.credit.lowest(tap) is None]
+    if idle:
+        lines.append(f"taps {', '.join(idle)} change no stage: their losses train their own heads alone")
     return "\n".join(lines)
 
 
@@ -96,7 +109,10 @@ def describe_phases(config: Config, net: LocalNetwork, schedule: Schedule) -> li
     if len(schedule.phases) < 2:
         return []
     told = f"sequential: {len(schedule.phases)} taps, one after the other from the lowest up, "
-    told += f"{schedule.phases[0].stop} steps each; what lies below a tap's reach is frozen, without noise"
+    told += (
+        f"about {schedule.total_steps // len(schedule.phases)} steps each; what lies below a tap's reach is frozen, "
+    )
+    told += "without noise"
     if config.feature_cache:
         told += ", and its outputs for one draw of views are kept on disk"
     if config.view_strength != "uniform":

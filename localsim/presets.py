@@ -147,6 +147,9 @@ def resolve(rule: str = "blockwise", preset: str | None = None, overrides: Mappi
     for name in given:
         if name not in Config.names():
             raise one_of("setting", name, Config.names())
+    for name in chosen.settings:
+        if name not in Config.names():
+            raise UserError(f"rule {chosen.name}: {one_of('setting', name, Config.names())}")
     for name, kind, what in _TYPES:
         if not isinstance(given.get(name, kind()), kind):
             raise UserError(f"{name} is {given[name]!r}; allowed: {what}")
@@ -166,8 +169,8 @@ def resolve(rule: str = "blockwise", preset: str | None = None, overrides: Mappi
         "noise": str(chosen.noise),
         **PRESETS[preset],
         **chosen.settings,
-        **choose(chosen, given),
         **given,
+        **choose(chosen, given),
         "rule": chosen.name,
         "preset": preset,
     }

@@ -47,7 +47,10 @@ class Schedule:
         total = config.epochs * steps_per_epoch
         groups = [tuple(range(num_taps))] if config.schedule == "simultaneous" else [(tap,) for tap in range(num_taps)]
         if total < len(groups):
-            raise UserError(f"{total} steps are too few to train {num_taps} taps one after the other")
+            raise UserError(
+                f"{total} steps are too few to train {num_taps} taps one after the other; "
+                "give more epochs or images, or a coarser cut"
+            )
         ends = [round(total * (number + 1) / len(groups)) for number in range(len(groups))]
         shortest = min(stop - start for start, stop in zip([0, *ends], ends, strict=False))
         warmup = round(config.warmup_epochs * steps_per_epoch / len(groups))

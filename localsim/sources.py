@@ -48,9 +48,7 @@ def open_source(net: LocalNetwork, loader: ViewLoader, config: Config, path: Pat
     Raises:
         UserError: the cache cannot be written.
     """
-    strength = max((view_strengths(config, net)[tap] for tap in phase.taps), default=1.0)
-    if strength < 1:
-        loader = loader.with_augmentation(loader.augmentation.scaled(strength))
+    loader = scaled_views(net, loader, config, phase)
     start = lowest_trained(net, phase.taps)
     folder = path / "cache" / f"phase{phase.number:03d}"
     forget_caches(path, but=folder)
@@ -58,6 +56,12 @@ def open_source(net: LocalNetwork, loader: ViewLoader, config: Config, path: Pat
         return Views(loader)
     return CachedFeatures.make(net, loader, folder, start=start, epoch=phase.start // loader.steps_per_epoch,
                                precision=config.precision)  # fmt: skip
+
+
+def scaled_views(net: LocalNetwork, loader: ViewLoader, config: Config, phase: Phase) -> ViewLoader:
+    """Return the loader of a phase's views, as strong as its taps are to see them."""
+    strength = max((view_strengths(config, net)[tap] for tap in phase.taps), default=1.0)
+    return loader if strength == 1 else loader.with_augmentation(loader.augmentation.scaled(strength))
 
 
 def forget_caches(path: Path, but: Path | None = None) -> None:

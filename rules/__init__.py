@@ -12,6 +12,7 @@ import sys
 import warnings
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from localsim.errors import UserError, one_of
 from localsim.rules import (
@@ -48,8 +49,20 @@ def own_rules() -> list[Rule]:
     return [module.RULE for module in _OWN]
 
 
-rules: dict[str, Rule] = {rule.name: rule for rule in own_rules()}
-"""All rules by name: localsim's own, those of installed packages, and those loaded from files so far."""
+if TYPE_CHECKING:
+    rules: dict[str, Rule]
+    """All rules by name: localsim's own, those of installed packages, and those loaded from files so far."""
+
+_rules = {rule.name: rule for rule in own_rules()}
+_sources = dict.fromkeys(_rules, "localsim")
+_asked_packages = False
+
+
+def __getattr__(name: str) -> dict[str, Rule]:
+    # on first use and not on import: an installed package's rule imports this package itself
+    if name == "rules":
+        return _all_rules()
+    raise AttributeError(f"module 'localsim.rules' has no attribute {name!r}")
 
 
 def get_rule(name: str | Path) -> Rule:
@@ -61,6 +74,7 @@ def get_rule(name: str | Path) -> Rule:
     name = str(name)
     if name.endswith(".py"):
         return load_rule(name)
+    rules = _all_rules()
     if name not in rules:
         raise UserError(f"{one_of('rule', name, rules)}; a rule of your own goes by its file: --rule path/to/rule.py")
     return rules[name]
@@ -72,6 +86,7 @@ def load_rule(path: str | Path) -> Rule:
     Raises:
         UserError: the file cannot be executed, holds no `RULE`, or its name is taken by another rule.
     """
+    _all_rules()  # so that the name of an installed package's rule is known to be taken
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no rule file {path}")
@@ -93,12 +108,17 @@ def _add(rule: object, source: str) -> Rule:
         raise UserError(f"{source}: the rule is called {rule.name!r}; allowed: letters, digits, _ and -")
     if _sources.get(rule.name, source) != source:
         raise UserError(f"{source}: the name {rule.name!r} is taken by a rule of {_sources[rule.name]}; choose another")
-    rules[rule.name] = rule
+    _rules[rule.name] = rule
     _sources[rule.name] = source
     return rule
 
 
-_sources = dict.fromkeys(rules, "localsim")
+def _all_rules() -> dict[str, Rule]:
+    global _asked_packages
+    if not _asked_packages:
+        _asked_packages = True
+        _add_installed()
+    return _rules
 
 
 def _add_installed() -> None:
@@ -107,6 +127,3 @@ def _add_installed() -> None:
             _add(entry.load(), f"entry point {entry.name} = {entry.value}")
         except Exception as error:  # a broken package must not keep the others from working
             warnings.warn(f"rule {entry.name} of an installed package is left out: {error}", stacklevel=2)
-
-
-_add_installed()

@@ -2,6 +2,7 @@
 
 from localsim.credit import Credit
 from localsim.rules.rule import Rule
+from localsim.rules.usual import SUPERVISED
 
 RULE = Rule(
     name="auglocal",
@@ -13,4 +14,5 @@ RULE = Rule(
     readout="map",
     head="mirrored",
     objective="cross_entropy",
+    settings=SUPERVISED,
 )

@@ -47,24 +47,28 @@ def choose(rule: Rule, given: Mapping[str, Any]) -> dict[str, Any]:
             fitting = ", ".join(name for name in HEADS if _suits(objective, name))
             raise UserError(f"head {head} gives no {what}, which objective {objective} reads; allowed: {fitting}")
     readouts = listed(given["readout"], "readout") if "readout" in given else [_readout(rule, name) for name in heads]
+    # a list that was given stays one: whether there are as many taps shows when the network is built
     chosen: dict[str, Any] = {
-        "objective": ",".join(_collapsed(objectives)),
-        "head": ",".join(_collapsed(heads)),
-        "readout": ",".join(_collapsed(readouts)),
+        what: ",".join(names if what in given else _collapsed(names))
+        for what, names in (("objective", objectives), ("head", heads), ("readout", readouts))
     }
-    if _collapsed(objectives) != _collapsed(usual):
-        chosen["objective_options"] = {}
-    if _collapsed(heads) != _collapsed([_head(rule, name) for name in usual]):
-        chosen["head_options"] = {}
-    implied = {option: value for head in heads for option, value in getattr(HEADS[head], "implies", {}).items()}
-    if implied and len(set(objectives)) == 1 and "objective_options" not in given:
-        chosen["objective_options"] = implied | {**rule.settings, **chosen}.get("objective_options", {})
-    options = {**rule.settings, **chosen, **given}
+    same_objectives = _collapsed(objectives) == _collapsed(usual)
+    same_heads = _collapsed(heads) == _collapsed([_head(rule, name) for name in usual])
+    ours = _merged(rule.settings.get("objective_options", {}) if same_objectives else {}, given, "objective_options")
+    theirs = _merged(rule.settings.get("head_options", {}) if same_heads else {}, given, "head_options")
+    if len(set(objectives)) == len(set(heads)) == 1:
+        ours = {**getattr(HEADS[heads[0]], "implies", {}), **ours}
+        for option in _shared(objectives[0], heads[0]):
+            # said once, meant for both: what the head makes is what the objective reads
+            told = {**ours, **theirs}
+            if option in told:
+                ours, theirs = {option: told[option], **ours}, {option: told[option], **theirs}
     for place in (0.0, 1.0):
         for objective, head in pairs:
-            ours = options_at(options.get("objective_options", {}), objective, objectives, place)
-            make_objective(objective, ours)
-            _check_flags(objective, head, ours, options_at(options.get("head_options", {}), head, heads, place))
+            here = options_at(ours, objective, objectives, place)
+            make_objective(objective, here)
+            _check_shared(objective, head, here, options_at(theirs, head, heads, place))
+    chosen |= {"objective_options": ours, "head_options": theirs}
     return {**chosen, **_patches(rule, given, heads, readouts)}
 
 
@@ -101,15 +105,17 @@ def options_at(options: Mapping[str, Any], name: str, names: Sequence[str], plac
                     f"{', '.join(dict.fromkeys(names))}"
                 )
         options = options.get(name, {})
-    return {option: _interpolated(value, place) for option, value in options.items()}
+    return {option: _interpolated(name, option, value, place) for option, value in options.items()}
 
 
-def _interpolated(value: Any, place: float) -> Any:
+def _interpolated(name: str, option: str, value: Any, place: float) -> Any:
     if not isinstance(value, Mapping):
         return value
     low, high = value.get("from"), value.get("to")
     if set(value) != {"from", "to"} or type(low) not in (int, float) or type(high) not in (int, float):
-        raise UserError(f'option {value!r} is not understood; allowed: a value, or {{"from": number, "to": number}}')
+        raise UserError(
+            f'option {option} of {name} is {dict(value)!r}; allowed: a value, or {{"from": number, "to": number}}'
+        )
     return low + place * (high - low)  # type: ignore[operator]
 
 
@@ -139,17 +145,31 @@ def _head(rule: Rule, objective: str) -> str:
     return kind.head if rule.head is None or rule.head in own or not _suits(objective, rule.head) else rule.head
 
 
-def _check_flags(objective: str, head: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
-    """Raise UserError if objective and head have a flag of one name and disagree: each would misread the other."""
+def _merged(usual: Mapping[str, Any], given: Mapping[str, Any], which: str) -> dict[str, Any]:
+    """Return the rule's options with those that were given in their place, one by one (by name, where taps differ)."""
+    merged = dict(usual)
+    for key, value in given.get(which, {}).items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) and "from" not in value
+        merged[key] = {**merged[key], **value} if both else value
+    return merged
+
+
+def _shared(objective: str, head: str) -> dict[str, tuple[Any, Any]]:
+    """Return the options that an objective and a head both have, with their defaults."""
     kind: Any = OBJECTIVES[objective]
-    flags = {field.name: field.default for field in dataclasses.fields(kind) if isinstance(field.default, bool)}
-    usual = {name: option.default for name, option in inspect.signature(HEADS[head]).parameters.items()}
-    for flag in flags.keys() & usual.keys():
-        here, there = ours.get(flag, flags[flag]), theirs.get(flag, usual[flag])
+    ours = {field.name: field.default for field in dataclasses.fields(kind)}
+    theirs = {name: option.default for name, option in inspect.signature(HEADS[head]).parameters.items()}
+    return {name: (ours[name], theirs[name]) for name in ours if name in theirs}
+
+
+def _check_shared(objective: str, head: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    """Raise UserError if objective and head disagree on an option of one name: each would misread the other."""
+    for option, (our_default, their_default) in _shared(objective, head).items():
+        here, there = ours.get(option, our_default), theirs.get(option, their_default)
         if here != there:
             raise UserError(
-                f"{flag} is {here} for objective {objective}, but {there} for head {head}; "
-                "give both the same, by objective_options and head_options"
+                f"{option} is {here} for objective {objective}, but {there} for head {head}; "
+                "give it once, in objective_options or head_options"
             )
 
 

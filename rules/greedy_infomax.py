@@ -5,7 +5,7 @@ from localsim.rules.rule import Rule
 
 RULE = Rule(
     name="greedy_infomax",
-    summary="Every module predicts its own activity for patches 2 to 6 rows further down; one module is CPC.",
+    summary="Every module predicts its own activity for patches 2 to 6 rows down; one module: CPC, no autoregressor.",
     paper="Loewe, O'Connor & Veeling, Putting An End to End-to-End: Gradient-Isolated Learning of Representations, "
     "NeurIPS 2019, arXiv 1905.11786",
     credit=Credit.banded,
@@ -13,6 +13,7 @@ RULE = Rule(
     objective="infonce",
     settings={
         "backbone": "preact_resnet50",
+        "zero_init_residual": False,
         "patches": "16:8",
         "image_size": 64,
         "augmentation": "patches",

@@ -2,6 +2,7 @@
 
 from localsim.credit import Credit
 from localsim.rules.rule import Rule
+from localsim.rules.usual import SUPERVISED
 
 RULE = Rule(
     name="greedy_supervised",
@@ -10,5 +11,7 @@ RULE = Rule(
     paper="Belilovsky, Eickenberg & Oyallon, Greedy Layerwise Learning Can Scale to ImageNet, ICML 2019, arXiv "
     "1812.11446; Decoupled Greedy Learning of CNNs (DGL), ICML 2020, arXiv 1901.08164",
     credit=Credit.banded,
+    # one linear layer; DGL's deeper heads are head=conv, e.g. head_options={"channels": [256, 256, 256], "kernel": 1}
     objective="cross_entropy",
+    settings=SUPERVISED,
 )

@@ -2,6 +2,7 @@
 
 from localsim.credit import Credit
 from localsim.rules.rule import Rule
+from localsim.rules.usual import SUPERVISED
 
 RULE = Rule(
     name="infopro",
@@ -13,5 +14,5 @@ RULE = Rule(
     head="infopro",
     objective="infopro",
     # from the lowest to the highest module; the published weights were tuned for every network, these are ours
-    settings={"objective_options": {"reconstruction": {"from": 1.0, "to": 0.0}}},
+    settings={**SUPERVISED, "objective_options": {"reconstruction": {"from": 1.0, "to": 0.0}}},
 )

@@ -2,6 +2,7 @@
 
 from localsim.credit import Credit
 from localsim.rules.rule import Rule
+from localsim.rules.usual import SUPERVISED
 
 RULE = Rule(
     name="man",
@@ -10,5 +11,7 @@ RULE = Rule(
     credit=Credit.banded,
     readout="map",
     head="next_stage",
+    # the released code adds InfoPro's reconstruction to the classification; here it is the classification alone
     objective="cross_entropy",
+    settings=SUPERVISED,
 )

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 
 from localsim.cifar_resnets import CifarBasicBlock
 from localsim.errors import UserError
+from localsim.patches import unfold
+from localsim.rules.initialise import kaiming_fan_out
 
 BY_KIND = {
     "vector": "global, local2x2 (any k x k), expand (= expand1x1), expand3x3, subsample (= subsample4; one in any N), "
@@ -106,9 +108,7 @@ class Residual(nn.Module):
     def __init__(self, num_channels: int, num_blocks: int) -> None:
         super().__init__()
         self.blocks = nn.Sequential(*(CifarBasicBlock(num_channels, num_channels, 1) for _ in range(num_blocks)))
-        for module in self.blocks.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        kaiming_fan_out(self.blocks)
         self.out_features = num_channels
         self.out_shape = (num_channels,)
 
@@ -147,7 +147,7 @@ class PatchMeans(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `(n, channels, rows, columns)` for maps `(n * rows * columns, channels, height, width)`."""
-        return x.mean((2, 3)).unflatten(0, (-1, *self.grid)).permute(0, 3, 1, 2)
+        return unfold(x.mean((2, 3)), self.grid)
 
 
 class OverPatches(nn.Module):

@@ -50,5 +50,7 @@ class Site:
     def classes(self) -> int:
         """Return the number of classes; UserError where the images have no labels."""
         if self.num_classes is None:
-            raise UserError("a classifier needs labels; give num_classes, or data that have labels")
+            raise UserError(
+                "a classifier needs images with labels: a data set that has them, or a folder of class folders"
+            )
         return self.num_classes

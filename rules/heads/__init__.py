@@ -5,6 +5,7 @@
 | `projector` | vector | vector | none; its widths are the setting `projector` |
 | `none` | vector | vector | none |
 | `classifier` | vector | vector (logits) | `hidden` |
+| `conv` | map | vector | `channels`, `kernel` |
 | `predsim` | map | similarity | none |
 | `predictor` | patches | predictions | `steps`, `skip`, `asymmetric` |
 | `feedback_predictor` | vector | predictions | `lateral` |
@@ -25,7 +26,7 @@ from typing import Any
 
 from localsim.errors import UserError, one_of
 from localsim.rules.heads.auxiliary import InfoPro, Mirrored, NextStage
-from localsim.rules.heads.classifier import Classifier, PredSim
+from localsim.rules.heads.classifier import Classifier, Conv, PredSim
 from localsim.rules.heads.predictor import FeedbackPredictor, Predictor
 from localsim.rules.heads.projector import NoHead, Projector, projector
 from localsim.rules.heads.stale import StaleStatistics
@@ -36,6 +37,7 @@ Head = (
     Projector
     | NoHead
     | Classifier
+    | Conv
     | PredSim
     | Predictor
     | FeedbackPredictor
@@ -49,6 +51,7 @@ HEADS: dict[str, type[Head]] = {
     "projector": Projector,
     "none": NoHead,
     "classifier": Classifier,
+    "conv": Conv,
     "predsim": PredSim,
     "predictor": Predictor,
     "feedback_predictor": FeedbackPredictor,

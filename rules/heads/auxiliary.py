@@ -13,7 +13,8 @@ from torch.func import functional_call
 from localsim.backbones import TRACE_BATCH, UnitBlock
 from localsim.gradients import constant
 from localsim.network import LocalNetwork
-from localsim.rules.heads.checks import check_flag, check_fraction, check_whole
+from localsim.rules.checks import check_choice, check_count, check_fraction
+from localsim.rules.initialise import kaiming_fan_out
 from localsim.rules.site import Site
 
 
@@ -44,7 +45,7 @@ class Mirrored(nn.Module):
 
     def __init__(self, site: Site, depth: int = 3, pyramid: float = 0.5) -> None:
         super().__init__()
-        check_whole("mirrored", "depth", depth, 1)
+        check_count("mirrored", "depth", depth, at_least=1)
         check_fraction("mirrored", "pyramid", pyramid)
         shapes = _input_shapes(site.above, site.shape)
         layers: list[nn.Module] = []
@@ -94,7 +95,7 @@ class InfoPro(nn.Module):
 
     def __init__(self, site: Site, contrast: bool = False) -> None:
         super().__init__()
-        check_flag("infopro", "contrast", contrast)
+        check_choice("infopro", "contrast", contrast, (False, True))
         channels = site.shape[0]
         wide = max(channels, min(2 * channels, site.top_shape[0]))
         stride = 2 if wide > channels else 1
@@ -107,9 +108,7 @@ class InfoPro(nn.Module):
         self.decoder = nn.Sequential(
             nn.Conv2d(channels, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 3, 3, padding=1)
         )
-        for module in self.decoder:
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        kaiming_fan_out(self.decoder)
 
     def forward(self, x: Tensor, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return vectors `(n, d)`, logits of images `(n, 3, height, width)` and targets in [0, 1] of the same shape."""
@@ -135,7 +134,8 @@ class NextStage(nn.Module):
     batch norms see the head's own batches, and keep running statistics of those. The highest stage has neither, only
     mean and end.
 
-    Deviations from the released code: there both copies start from draws of their own and not from the block's values,
+    Deviations from the released code: there the map goes on to an image decoder and a classifier under InfoPro's loss,
+    here to the objective's own head; there both copies start from draws of their own and not from the block's values,
     and the average moves before the step instead of after it.
 
     Args:
@@ -183,7 +183,7 @@ def _fresh(module: nn.Module) -> nn.Module:
     """Initialise a module as a new trunk: convolutions Kaiming normal with fan-out, batch norms the identity."""
     for part in module.modules():
         if isinstance(part, nn.Conv2d):
-            nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
+            kaiming_fan_out(part)
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
         elif isinstance(part, nn.BatchNorm2d | nn.Linear):

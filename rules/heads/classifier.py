@@ -38,6 +38,44 @@ class Classifier(nn.Sequential):
         super().__init__(*layers, nn.Linear(width, site.classes()))
 
 
+class Conv(nn.Module):
+    """Convolutions with batch norm and ReLU, the mean over positions, then the objective's own vector head.
+
+    With channels 128 and 64 and 3x3 kernels this is the auxiliary network of interlocking backpropagation (Gomez et al.
+    2022, released code); with three 1x1 convolutions, that of DGL (Belilovsky et al. 2020, arXiv 1901.08164), but for
+    the hidden layers of its classifier.
+
+    Args:
+        site: where the tap reads.
+        channels: of the convolutions, one after the other.
+        kernel: their size, odd.
+
+    Raises:
+        UserError: no or non-positive channels, or an even kernel.
+    """
+
+    takes = "map"
+    gives = "vector"
+
+    def __init__(self, site: Site, channels: Sequence[int] = (128, 64), kernel: int = 3) -> None:
+        super().__init__()
+        if not isinstance(channels, list | tuple) or not channels or any(type(c) is not int or c < 1 for c in channels):
+            raise UserError(f"conv: channels is {channels!r}; allowed: a list of positive numbers, e.g. [128, 64]")
+        if type(kernel) is not int or kernel < 1 or kernel % 2 == 0:
+            raise UserError(f"conv: kernel is {kernel!r}; allowed: odd numbers from 1")
+        layers: list[nn.Module] = []
+        width = site.shape[0]
+        for wide in channels:
+            layers += [nn.Conv2d(width, wide, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(wide), nn.ReLU()]
+            width = wide
+        self.layers = nn.Sequential(*layers)
+        self.end = site.end(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the end's output `(n, d)` for a map `(n, channels, height, width)`."""
+        return self.end(self.layers(x).mean((2, 3)))
+
+
 class PredSim(nn.Module):
     """The prediction and similarity-matching head of Nøkland & Eidnes 2019 (arXiv 1901.06656).
 

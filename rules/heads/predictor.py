@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from localsim.errors import UserError
 from localsim.gradients import constant
-from localsim.rules.heads.checks import check_flag, check_whole
+from localsim.rules.checks import check_choice, check_count
 from localsim.rules.site import Site
 
 
@@ -42,17 +42,17 @@ class Predictor(nn.Module):
 
     def __init__(self, site: Site, steps: int | None = None, skip: int = 1, asymmetric: bool = False) -> None:
         super().__init__()
-        check_whole("predictor", "skip", skip, -1)
-        check_flag("predictor", "asymmetric", asymmetric)
+        check_count("predictor", "skip", skip, at_least=-1)
+        check_choice("predictor", "asymmetric", asymmetric, (False, True))
         dimensions, rows, _ = site.shape
         fitting = rows - 1 - skip
         if steps is None:
             steps = max(1, min(5, fitting))
-        check_whole("predictor", "steps", steps, 1)
+        check_count("predictor", "steps", steps, at_least=1)
         if steps > fitting:
             raise UserError(
                 f"predictor needs {steps + skip + 1} or more rows of patches for steps={steps} and skip={skip}, "
-                f"but there are {rows}; take smaller patches, a smaller stride, fewer steps or less skip"
+                f"but there are {rows}; take larger images, smaller patches, a smaller stride, fewer steps or less skip"
             )
         self.matrices = _matrices(dimensions, steps)
         self.context_matrices = _matrices(dimensions, steps) if asymmetric else None
@@ -93,7 +93,7 @@ class FeedbackPredictor(nn.Module):
 
     def __init__(self, site: Site, lateral: bool = False) -> None:
         super().__init__()
-        check_flag("feedback_predictor", "lateral", lateral)
+        check_choice("feedback_predictor", "lateral", lateral, (False, True))
         dimensions, top_channels = site.shape[0], site.top_shape[0]
         self.lateral = lateral
         self.matrix = nn.Linear(top_channels + (dimensions if lateral else 0), dimensions, bias=False)

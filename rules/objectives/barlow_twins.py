@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from localsim.network import Embedding
-from localsim.rules.objectives.common import check_number, check_two_views, off_diagonal_squares, vectors
+from localsim.rules.checks import check_number
+from localsim.rules.objectives.common import check_two_views, off_diagonal_squares, vectors
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,34 +1,12 @@
-"""What several objectives share: checks of options and embeddings, and a shuffle that leaves nothing in its place."""
+"""What several objectives share: checks of embeddings, and a shuffle that leaves nothing in its place."""
 
 from __future__ import annotations
-
-import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from localsim.errors import UserError
 from localsim.network import Embedding
-
-
-def check_number(objective: str, option: str, value: object, *, above_zero: bool = False) -> None:
-    """Raise UserError unless an option is a finite number >= 0 (or, if `above_zero`, > 0)."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
-    if not is_number or (above_zero and value == 0):
-        raise UserError(f"{objective}: {option} is {value!r}; allowed: numbers {'>' if above_zero else '>='} 0")
-
-
-def check_count(objective: str, option: str, value: object, *, at_least: int) -> None:
-    """Raise UserError unless an option is an integer of `at_least` or more."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise UserError(f"{objective}: {option} is {value!r}; allowed: integers >= {at_least}")
-
-
-def check_choice(objective: str, option: str, value: object, allowed: Sequence[object]) -> None:
-    """Raise UserError unless an option is one of the allowed values; 1 does not pass for True."""
-    if not any(value == choice and type(value) is type(choice) for choice in allowed):
-        raise UserError(f"{objective}: {option} is {value!r}; allowed: {', '.join(map(str, allowed))}")
 
 
 def check_two_views(objective: str, embeddings: tuple[Embedding, ...]) -> None:

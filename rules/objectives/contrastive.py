@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from localsim.network import Embedding
-from localsim.rules.objectives.common import check_number, check_two_views, needed, vectors
+from localsim.rules.checks import check_number
+from localsim.rules.objectives.common import check_two_views, needed, vectors
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from localsim.network import Embedding
+from localsim.rules.checks import check_choice, check_number
 from localsim.rules.objectives.common import (
-    check_choice,
-    check_number,
     check_two_views,
     derangement,
     off_diagonal_squares,

@@ -12,7 +12,8 @@ from torch import Tensor
 from localsim.errors import UserError
 from localsim.gradients import constant
 from localsim.network import Embedding
-from localsim.rules.objectives.common import check_choice, check_count, check_two_views, derangement
+from localsim.rules.checks import check_choice, check_count
+from localsim.rules.objectives.common import check_two_views, derangement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,10 +148,10 @@ Comparison = tuple[Tensor, Tensor]
 
 
 def _check_pairing(objective: str, skip: object, pair: object, asymmetric: object) -> None:
-    check_count(objective, "skip", skip, at_least=0)
+    check_count(objective, "skip", skip, at_least=-1 if pair == "views" else 0)
     check_choice(objective, "pair", pair, ("below", "views"))
     check_choice(objective, "asymmetric", asymmetric, (False, True))
-    if pair == "views" and skip != 1:
+    if pair == "views" and skip not in (1, -1):  # the default, and what a predictor of the same place is told
         raise UserError(f"{objective}: skip counts rows below and means nothing for pair 'views'; leave it out")
 
 

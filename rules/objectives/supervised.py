@@ -12,7 +12,8 @@ from torch import Tensor
 
 from localsim.errors import UserError
 from localsim.network import Embedding
-from localsim.rules.objectives.common import check_choice, check_number, needed, parts, vectors
+from localsim.rules.checks import check_choice, check_fraction, check_number
+from localsim.rules.objectives.common import needed, parts, vectors
 from localsim.rules.objectives.contrastive import SupCon
 
 
@@ -35,7 +36,7 @@ class CrossEntropy:
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_share("cross_entropy", "label_smoothing", self.label_smoothing, one=False)
+        check_fraction("cross_entropy", "label_smoothing", self.label_smoothing, below_one=True)
 
     def __call__(self, embeddings: tuple[Embedding, ...], labels: Tensor | None) -> Tensor:
         """Return the loss of one `(n, classes)` of logits per view, with labels `(n,)`."""
@@ -72,7 +73,7 @@ class SimilarityMatching:
     beta: float = 0.99
 
     def __post_init__(self) -> None:
-        _check_share("predsim", "beta", self.beta, one=True)
+        check_fraction("predsim", "beta", self.beta)
 
     def __call__(self, embeddings: tuple[Embedding, ...], labels: Tensor | None) -> Tensor:
         """Return the loss of one (logits `(n, classes)`, features `(n, d)`) per view, with labels `(n,)`."""
@@ -141,13 +142,6 @@ class InfoPro:
 
     def chance_level(self, num_dimensions: int, batch_size: int) -> None:
         """Return None: it depends on the images."""
-
-
-def _check_share(objective: str, option: str, value: object, *, one: bool) -> None:
-    """Raise UserError unless an option is a number between 0 and 1 (1 itself allowed or not)."""
-    is_share = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
-    if not is_share or (value == 1 and not one):
-        raise UserError(f"{objective}: {option} is {value!r}; allowed: numbers from 0 to {'1' if one else 'below 1'}")
 
 
 def _similarity(x: Tensor) -> Tensor:

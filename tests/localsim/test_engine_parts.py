@@ -127,3 +127,10 @@ def test_a_tap_that_reads_a_higher_stage_has_it_run_but_not_trained():
     grads = engine_gradients(net, below(net, views, 1), taps=[1], start=1, hooks=hooks)
     assert ran == [1, 2, 3]
     assert {name.split(".u")[0][:8] for name in grads} == {"stages.1", "taps.1.h"}
+
+
+@pytest.mark.parametrize("taps", [[0, 0], [-1], [3], [0, 7]])
+def test_taps_that_are_not_there_or_twice_are_refused(taps):
+    net = make_net(Credit.blockwise(3))
+    with pytest.raises(UserError, match="cannot act; allowed: each at most once of 0 to 2"):
+        engine.backward(net, *make_views(), key=KEY, taps=taps)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from localsim.errors import UserError
-from localsim.patches import Patches
+from localsim.patches import Patches, unfold
 
 
 def numbered(num: int, size: int) -> torch.Tensor:
@@ -36,14 +36,14 @@ def test_unfolding_puts_vectors_back_in_their_places(size, stride, more):
     folded = patches.fold(images)
     # each patch's first pixel is the image at the patch's place
     assert torch.equal(
-        patches.unfold(folded[:, :, 0, 0], patches.grid(size + more)),
+        unfold(folded[:, :, 0, 0], patches.grid(size + more)),
         images[..., ::stride, ::stride][..., : patches.grid(size + more)[0], : patches.grid(size + more)[1]],
     )
 
 
 def test_unfolding_keeps_rows_and_columns_of_a_grid_that_is_not_square():
     x = torch.arange(2 * 6 * 5).view(12, 5)
-    out = Patches(4, 2).unfold(x, (2, 3))
+    out = unfold(x, (2, 3))
     assert out.shape == (2, 5, 2, 3)
     for image in range(2):
         for row in range(2):
@@ -59,7 +59,7 @@ def test_gradients_flow_to_every_patch_that_holds_a_pixel():
     assert images.grad is not None and torch.equal(images.grad[0, 0], once[:, None] * once)
 
     def means(images: torch.Tensor) -> torch.Tensor:
-        return patches.unfold(patches.fold(images).mean((2, 3)), patches.grid(4))
+        return unfold(patches.fold(images).mean((2, 3)), patches.grid(4))
 
     assert torch.autograd.gradcheck(means, torch.randn(2, 2, 4, 4, dtype=torch.float64, requires_grad=True))
 

@@ -18,8 +18,8 @@ from localsim.assembly import build_network
 from localsim.credit import Credit
 from localsim.errors import TrainingFailed, UserError
 from localsim.network import LocalNetwork
+from localsim.schedule import Phase, Schedule
 from localsim.sources import set_modes
-from localsim.train import Phase, Schedule
 
 ENDS = (3, 7, 10)
 """Where the phases of three taps end in a tiny run of ten steps."""
@@ -170,7 +170,7 @@ class _Crash(Exception):
 
 @pytest.mark.parametrize("crash_at", [4, 8])
 def test_a_sequential_run_that_crashed_is_resumed_from_its_checkpoint(whole, tmp_path, monkeypatch, crash_at):
-    """Step 4 is in phase 2, its checkpoint (none) in phase 1; step 8 in phase 3, its checkpoint, 5, in phase 2."""
+    """Phases end after steps 3, 7 and 10, epochs after 5 and 10: the last checkpoint is a phase's end both times."""
     path, options = whole
     append = runs.append_metrics
 
@@ -182,7 +182,7 @@ def test_a_sequential_run_that_crashed_is_resumed_from_its_checkpoint(whole, tmp
     with monkeypatch.context() as patched, pytest.raises(_Crash):
         patched.setattr(runs, "append_metrics", crash)
         train_in(tmp_path, **options)
-    assert runs.checkpoint_step(tmp_path) == {4: 0, 8: 5}[crash_at]
+    assert runs.checkpoint_step(tmp_path) == {4: 3, 8: 7}[crash_at]
     train_in(tmp_path, **options)
     assert_same_tensors(checkpoint_tensors(tmp_path), checkpoint_tensors(path))
     assert timeless(runs.read_metrics(tmp_path)) == timeless(runs.read_metrics(path))

@@ -90,6 +90,7 @@ def test_shapes_kinds_and_a_gradient_to_the_map_at_every_unit_block(name, backbo
             "projector": [(n, WIDTHS[-1])], "none": [(n, channels)], "classifier": [(n, CLASSES)],
             "predsim": [(n, CLASSES), (n, channels)], "predictor": [(n, channels, 3, 2)] * 2,
             "feedback_predictor": [(n, channels, 1, 1)] * 2, "mirrored": [(n, 4)], "next_stage": [(n, 4)],
+            "conv": [(n, 4)],
             "infopro": [(n, CLASSES), images.shape, images.shape],
             "stale_statistics": [(n, channels), (channels,), (channels,)],
         }[name]  # fmt: skip
@@ -104,7 +105,7 @@ def test_shapes_kinds_and_a_gradient_to_the_map_at_every_unit_block(name, backbo
 
 
 def test_names_options_and_kinds_are_checked():
-    with pytest.raises(UserError, match="unknown head 'mlp'; allowed: projector, none, classifier, predsim"):
+    with pytest.raises(UserError, match="unknown head 'mlp'; allowed: projector, none, classifier, conv, predsim"):
         make_head("mlp", site())
     with pytest.raises(UserError, match=r"head mirrored has no option 'width'; allowed: depth, pyramid$"):
         make_head("mirrored", site((6, 4, 4)), {"width": 3})
@@ -120,7 +121,7 @@ def test_names_options_and_kinds_are_checked():
         UserError, match=r"head classifier cannot work on a map, .*; allowed readouts: global, local2x2"
     ):
         make_head("classifier", site((6, 7, 7)))
-    with pytest.raises(UserError, match="a classifier needs labels"):
+    with pytest.raises(UserError, match="a classifier needs images with labels"):
         make_head("classifier", site(num_classes=None))
 
 
@@ -134,8 +135,8 @@ def test_names_options_and_kinds_are_checked():
         ("next_stage", (6, 4, 4), {"momentum": -0.1}, "next_stage: momentum is -0.1; allowed: numbers from 0 to 1"),
         ("predictor", (6, 7, 7), {"skip": -2}, "predictor: skip is -2; allowed: whole numbers from -1"),
         ("predictor", (6, 7, 7), {"steps": 0}, "predictor: steps is 0; allowed: whole numbers from 1"),
-        ("predictor", (6, 7, 7), {"asymmetric": 1}, "predictor: asymmetric is 1; allowed: true, false"),
-        ("infopro", (6, 4, 4), {"contrast": "yes"}, "infopro: contrast is 'yes'; allowed: true, false"),
+        ("predictor", (6, 7, 7), {"asymmetric": 1}, "predictor: asymmetric is 1; allowed: False, True"),
+        ("infopro", (6, 4, 4), {"contrast": "yes"}, "infopro: contrast is 'yes'; allowed: False, True"),
         ("feedback_predictor", (6,), {"lateral": None}, "feedback_predictor: lateral is None"),
     ],
 )
@@ -377,3 +378,32 @@ def test_next_stage_of_the_highest_stage_has_nothing_to_follow():
     made.end_step(Net([]))
     x = draw(3, 8, 2, 2)
     torch.testing.assert_close(made(x), made.end(x.mean((2, 3))))
+
+
+# -- conv -------------------------------------------------------------------------------------------------------------
+
+
+def test_conv_is_convolutions_batch_norms_and_a_mean():
+    made, h = head("conv", site((6, 5, 5)), channels=[7, 3], kernel=3), draw(4, 6, 5, 5)
+    x = h
+    for index in (0, 3):
+        x = torch.nn.functional.conv2d(x, made.layers[index].weight, padding=1)
+        centred = x - x.mean((0, 2, 3), keepdim=True)
+        x = (centred / (centred.square().mean((0, 2, 3), keepdim=True) + 1e-5).sqrt()).clamp(min=0)
+    expected = x.mean((2, 3)) @ made.end.weight.T + made.end.bias
+    torch.testing.assert_close(made(h), expected, rtol=1e-12, atol=1e-12)
+    assert head("conv", site((6, 5, 5)))(h).shape == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"channels": []}, "conv: channels is []; allowed: a list of positive numbers, e.g. [128, 64]"),
+        ({"channels": [8, 0]}, "conv: channels is [8, 0]; allowed"),
+        ({"kernel": 2}, "conv: kernel is 2; allowed: odd numbers from 1"),
+    ],
+)
+def test_conv_options(options, said):
+    with pytest.raises(UserError) as error:
+        head("conv", site((6, 5, 5)), **options)
+    assert str(error.value).startswith(said)

@@ -326,3 +326,17 @@ def test_all_rules_are_printed(capsys, tmp_path):
 @pytest.mark.parametrize("stages", [2, 3, 6, 11])
 def test_all_rules_are_printed_for_any_number_of_stages(stages, capsys):
     assert main(["rules", "--stages", str(stages)]) == 0, capsys.readouterr().err
+
+
+def test_a_rule_that_names_a_setting_that_is_none_is_told(tmp_path):
+    text = "from localsim.credit import Credit\nfrom localsim.rules import Rule\n"
+    text += "def credit(k):\n    return {}['missing']\n"
+    make = "RULE = Rule(name='{}', summary='A test.', paper='none', credit={}, settings={})\n"
+    (tmp_path / "typo.py").write_text(text + make.format("typo", "Credit.blockwise", "{'foo': 1}"))
+    (tmp_path / "broken.py").write_text(text + make.format("broken", "credit", "{}"))
+    with pytest.raises(UserError, match=r"^rule typo: unknown setting 'foo'; allowed: rule, preset"):
+        resolve(str(tmp_path / "typo.py"), "quick")
+    with pytest.raises(UserError, match=r"^the credit of rule broken failed for 4 stages: KeyError: 'missing'"):
+        build(str(tmp_path / "broken.py"), preset="quick")
+    for name in ("typo", "broken"):
+        del rules[name], registry._sources[name]

@@ -74,7 +74,7 @@ def test_every_tap_changes_exactly_the_stages_of_its_row(rule):
         ("end_to_end", 3, np.ones((1, 3))),
         ("blockwise", 3, np.eye(3)),
         ("layerwise", 10, np.eye(10)),
-        ("lcl", 3, np.eye(3)),
+        ("lcl", 10, np.eye(10)),
         ("loco", 3, [[1, 1, 0], [0, 1, 1]]),
         ("stopgrad_overlap", 3, [[2, 0, 0], [1, 2, 0], [0, 1, 2]]),
         ("chunked", 3, [[1, 1, 0], [0, 0, 1]]),
@@ -85,7 +85,7 @@ def test_every_tap_changes_exactly_the_stages_of_its_row(rule):
         ("clapp_dfb", 10, np.eye(10)),
         ("lpl", 10, np.eye(10)),
         ("greedy_supervised", 3, np.eye(3)),
-        ("predsim", 3, np.eye(3)),
+        ("predsim", 10, np.eye(10)),
         ("infopro", 3, np.eye(3)),
         ("auglocal", 10, np.eye(10)),
         ("man", 3, np.eye(3)),
@@ -191,6 +191,18 @@ def test_projectors_are_private_or_copies_of_one_draw():
     with torch.no_grad():
         identical.taps[0].head[0].weight.zero_()
     assert identical.taps[1].head[0].weight.any(), "identical at the start, but not shared"
+
+
+def test_heads_of_different_widths_are_copies_where_shapes_agree():
+    first, *others = (dict(tap.head.named_parameters()) for tap in small("loco", provenance="identical").taps)
+    for other in others:
+        assert [name for name in first if first[name].shape != other[name].shape] == ["0.weight"]
+        assert all(torch.equal(first[name], other[name]) for name in first if name != "0.weight")
+
+
+def test_direct_feedback_refuses_errors_of_the_size_of_images():
+    with pytest.raises(UserError, match="the embeddings of head infopro have 24,586; allowed: up to 20,000"):
+        small("infopro", transport="direct_feedback", image_size=64)
 
 
 def test_building_leaves_torchs_generator_as_it_was():
