@@ -103,13 +103,13 @@ AXES = """\
 ## What can be combined
 
 Any objective below works under any credit matrix and cut. `--objective NAME` brings the head and the readout that it
-needs, `--set head=NAME` and `--readout NAME` choose others that fit; a comma list gives every loss its own, from the
+needs, `--set head=conv` and `--readout NAME` choose others that fit; a comma list gives every loss its own, from the
 lowest up: `--objective simclr,vicreg,barlow_twins,barlow_twins`. (`infonce` and `hinge` with the head `predictor`
 compare patches: images are then cut into patches of 16 pixels, which a deep network must not shrink away, and batch
 norm mixes the patches of an image, which makes the task easier than it should be; `vgg6` and `preact_resnet50` have
-none.) Options: `--set 'objective_options={"temperature": 0.2}'`, one by one in place of the rule's; with
+none.) Options: `--set 'objective_options={"lambda_": 0.01}'`, one by one in place of the rule's; with
 `{"from": 1, "to": 0}` in place of a number they run from the lowest loss to the highest; where losses differ, options
-go by name, `{"simclr": {"temperature": 0.2}}`.
+go by name, `{"barlow_twins": {"lambda_": 0.01}}`.
 
 - **Schedule**: `simultaneous`, or `--set schedule=sequential`: one loss after the other, from the lowest up, each with
   its share of the steps and a learning rate that warms up and falls anew; the stages below its reach are frozen, in
