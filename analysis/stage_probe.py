@@ -168,6 +168,8 @@ def probe(
         networks["calibrated"] = calibrated(untrained, views, seed=config.seed)
     if len(untrained.taps):
         networks[config.rule] = (run.network() if trained is None else trained).to(device)
+    augmentation = AUGMENTATIONS[config.augmentation]
+    smallest, largest = augmentation.crop_scale
     table = probe_networks(
         networks,
         data,
@@ -177,7 +179,10 @@ def probe(
         seed=seed,
         precision=config.precision,
         workers=config.workers,
-        grey=AUGMENTATIONS[config.augmentation].gray == 1,
+        grey=augmentation.gray == 1,
+        crop=augmentation.crop_scale[0] ** 0.5
+        if augmentation.crop_scale[0] == augmentation.crop_scale[1] < 1
+        else None,
         epochs=epochs,
         report=report,
     )
@@ -209,6 +214,7 @@ def probe_networks(
     precision: str = "full",
     workers: int = 0,
     grey: bool = False,
+    crop: float | None = None,
     epochs: int | None = None,
     report: str | None = None,
 ) -> ProbeTable:
@@ -230,6 +236,7 @@ def probe_networks(
         precision: of the forward passes.
         workers: processes that decode streamed images.
         grey: show images without colour, for networks that were trained on none.
+        crop: show the central square of this part of the images' side, for networks trained at that one scale.
         epochs: of `paper`, 100 if not given.
         report: for `paper`, the `last` epoch (if not given), or the `best` on the test images, as published
             (optimistic).
@@ -250,7 +257,7 @@ def probe_networks(
 
     def batches(images: ImageSet) -> Iterator[Batch]:
         return plain_batches(images, size=image_size, batch_size=BATCH, mean=data.mean, std=data.std, workers=workers,
-                             device=device, grey=grey)  # fmt: skip
+                             device=device, grey=grey, crop=crop)  # fmt: skip
 
     scores: dict[tuple[str, int, str, str], ProbeScore] = {}
     for name, net in networks.items():
@@ -263,7 +270,7 @@ def probe_networks(
         if protocol == "paper":
             fitted = _paper_probe(net, train, data, x_test, y_test, image_size=image_size, seed=seed,
                                   epochs=100 if epochs is None else epochs, precision=precision, workers=workers,
-                                  grey=grey, report=report or "last")  # fmt: skip
+                                  grey=grey, crop=crop, report=report or "last")  # fmt: skip
         else:
             fitted = {
                 key: linear_probe(x_train[key], y_train, x_test[key], y_test, num_classes=num_classes, seed=seed)
@@ -275,7 +282,8 @@ def probe_networks(
                 x_train[stage, features], y_train, x_test[stage, features], y_test, num_classes=num_classes,
                 k=min(20, len(y_train)), seed=seed,
             )  # fmt: skip
-    shared = {"protocol": protocol, "image_size": image_size, "precision": precision, "data": data.name, "grey": grey}
+    shared = {"protocol": protocol, "image_size": image_size, "precision": precision, "data": data.name, "grey": grey,
+              "crop": crop}  # fmt: skip
     return ProbeTable(tuple(_row(key, score, scores, shared) for key, score in scores.items()))
 
 
@@ -292,10 +300,14 @@ def _paper_probe(
     precision: str,
     workers: int,
     grey: bool,
+    crop: float | None,
     report: str,
 ) -> dict[tuple[int, str], ProbeScore]:
+    shown = replace(AUGMENTATIONS["crop_flip"], gray=float(grey))
+    if crop is not None:
+        shown = replace(shown, crop_scale=(crop**2, crop**2), crop_ratio=(1.0, 1.0))
     loader = ViewLoader(
-        train, replace(AUGMENTATIONS["crop_flip"], gray=float(grey)), size=image_size,
+        train, shown, size=image_size,
         batch_size=min(BATCH, len(train)), seed=seed, mean=data.mean, std=data.std, num_views=1, workers=workers,
         device=net.device,
     )  # fmt: skip

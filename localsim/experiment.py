@@ -124,7 +124,7 @@ def prepare(config: Config) -> Prepared:
     batch = next(iter(first_views.epoch(0)))
     check_labels(config, net, data, batch)
     cost = rehearse(net, batch, config) if len(net.taps) else None
-    return Prepared(data, net, loader, describe(config, net, data, loader, cost), draw_views(data, batch))
+    return Prepared(data, net, loader, describe(config, net, data, loader, cost), draw_views(data, batch, net.patches))
 
 
 def check_precision(config: Config, net: LocalNetwork) -> None:

@@ -16,6 +16,7 @@ from localsim.data import Batch, Data, ViewLoader, plain_batches
 from localsim.monitor import tap_names
 from localsim.network import LocalNetwork
 from localsim.partition import cut_table, format_cut_table
+from localsim.patches import Patches
 from localsim.rules.choices import at_tap, listed
 from localsim.schedule import Schedule
 from localsim.train import StepCost
@@ -121,13 +122,20 @@ def describe_phases(config: Config, net: LocalNetwork, schedule: Schedule) -> li
     return [told]
 
 
-def draw_views(data: Data, batch: Batch) -> Figure:
-    """Return a contact sheet: the first images of a batch, each above the two views that the network sees."""
+def draw_views(data: Data, batch: Batch, patches: Patches | None = None) -> Figure:
+    """Return a contact sheet: the first images of a batch, each above the views that the network sees.
+
+    Where views are cut into patches, white lines stand at every multiple of the stride, where patches begin.
+    """
     shown = batch.indices[:8]
     size = batch.views[0].shape[-1]
     originals = next(plain_batches(data.train.subset(shown), size=size, batch_size=8, mean=data.mean, std=data.std))
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (data.mean, data.std))
     pictures = [(x[: len(shown)].cpu() * std + mean).clamp(0, 1) for x in (originals.views[0], *batch.views)]
+    if patches is not None:
+        for views in pictures[1:]:
+            views[:, :, patches.stride :: patches.stride] = 1
+            views[..., patches.stride :: patches.stride] = 1
     labels = None if batch.labels is None else [data.classes[int(label)] for label in batch.labels[: len(shown)]]
     return plots.contact_sheet(pictures[0], pictures[1:], labels)
 

@@ -176,19 +176,21 @@ def plain_batches(
     workers: int = 0,
     device: torch.device | str = "cpu",
     grey: bool = False,
+    crop: float | None = None,
 ) -> Iterator[Batch]:
     """Iterate over all images once, in order and unaugmented, one view each; the last batch may be smaller.
 
     Images of another size are resized (bilinear, antialiased) until the shorter side is 8/7 of `size`, and cropped to
     the central square: 256 and 224 pixels in torchvision's evaluation of ImageNet. Unreadable streamed files are left
     out with a warning that names them; `indices` says which images a batch holds. `grey` takes their colour away, for
-    networks that have never seen any.
+    networks that have never seen any; `crop` shows the central square whose side is that part of the shorter side, for
+    networks that have seen images at that one scale.
 
     Raises:
         UserError: if a number is out of range, or no image can be read.
     """
     _check_at_least(("size", size, 1), ("batch_size", batch_size, 1), ("workers", workers, 0))
-    return _plain_batches(images, size, batch_size, workers, torch.device(device), mean, std, grey)
+    return _plain_batches(images, size, batch_size, workers, torch.device(device), mean, std, grey, crop)
 
 
 def _plain_batches(
@@ -200,6 +202,7 @@ def _plain_batches(
     mean: Triple,
     std: Triple,
     grey: bool,
+    crop: float | None,
 ) -> Iterator[Batch]:
     normalise = _normaliser(mean, std, device)
 
@@ -210,12 +213,12 @@ def _plain_batches(
     everything = torch.arange(len(images))
     if images.images is not None:
         for indices in everything.split(batch_size):
-            plain = _central(images.images[indices].to(device), size)
+            plain = _central(images.images[indices].to(device), size, crop)
             yield Batch((finished(plain),), _labels(images, indices, device), indices)
         return
     skipped: set[str] = set()
     for indices, plain, failures in _stream(
-        images, everything, partial(_one_view, size=size), batch_size, workers, device
+        images, everything, partial(_one_view, size=size, crop=crop), batch_size, workers, device
     ):
         _warn_once(failures, skipped)
         if len(indices):
@@ -299,17 +302,24 @@ def _crops(
     return torch.stack(crops)
 
 
-def _one_view(image: Tensor, index: int, size: int) -> Tensor:
+def _one_view(image: Tensor, index: int, size: int, crop: float | None) -> Tensor:
     """Return the `(1, 3, size, size)` uint8 centre; `index` is what `_Files` hands to every transform."""
-    return _central(image[None], size)
+    return _central(image[None], size, crop)
 
 
-def _central(images: Tensor, size: int) -> Tensor:
-    """Return the `(n, 3, size, size)` centres of `(n, 3, H, W)` uint8 images, resized first unless of that size."""
+def _central(images: Tensor, size: int, crop: float | None = None) -> Tensor:
+    """Return the `(n, 3, size, size)` centres of `(n, 3, H, W)` uint8 images, resized first unless of that size.
+
+    With `crop` the central square of that part of the shorter side, resized.
+    """
+    if crop is not None:
+        side = round(crop * min(images.shape[-2:]))
+        top, left = ((length - side) // 2 for length in images.shape[-2:])
+        images = images[..., top : top + side, left : left + side]
     height, width = images.shape[-2:]
     if (height, width) == (size, size):
         return images
-    target = max(round(size * 8 / 7), size)
+    target = size if crop is not None else max(round(size * 8 / 7), size)
     shape = [max(target, int(target * side / min(height, width))) for side in (height, width)]
     resized = functional.interpolate(images.float(), size=shape, mode="bilinear", antialias=True)
     top, left = round((shape[0] - size) / 2), round((shape[1] - size) / 2)

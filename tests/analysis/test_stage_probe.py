@@ -358,4 +358,5 @@ def test_a_network_trained_without_colour_is_probed_without(data, tmp_path, monk
     monkeypatch.setattr(stage_probe, "probe_networks", lambda *_, **options: seen.append(options) or made)
     stage_probe.probe(run, data=data, trained=net)
     assert [options["grey"] for options in seen] == [grey]
+    assert [options["crop"] for options in seen] == [2 / 3 if grey else None], "at the scale it was trained at"
     assert {row.settings["grey"] for row in made.rows} == {grey}

@@ -305,3 +305,14 @@ def test_plain_batches_without_colour_are_the_luma_in_every_channel():
     ):
         luma = torch.einsum("nchw,c->nhw", plain.views[0], torch.tensor([0.2989, 0.587, 0.114]))
         assert torch.allclose(grey.views[0], luma[:, None].expand(-1, 3, -1, -1), atol=1e-6)
+
+
+def test_plain_batches_of_a_crop_are_the_central_square():
+    images = memory_set(6, 12)
+    assert images.images is not None
+    (batch,) = plain_batches(images, size=8, batch_size=6, crop=2 / 3, **PLAIN)
+    assert torch.equal(batch.views[0], images.images[..., 2:10, 2:10] / 255), "of the size asked for: not resampled"
+    (larger,) = plain_batches(images, size=16, batch_size=6, crop=2 / 3, **PLAIN)
+    square = images.images[..., 2:10, 2:10].float()
+    enlarged = torch.nn.functional.interpolate(square, size=(16, 16), mode="bilinear", antialias=True)
+    assert torch.equal(larger.views[0], enlarged.round() / 255)
