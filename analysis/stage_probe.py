@@ -180,9 +180,7 @@ def probe(
         precision=config.precision,
         workers=config.workers,
         grey=augmentation.gray == 1,
-        crop=augmentation.crop_scale[0] ** 0.5
-        if augmentation.crop_scale[0] == augmentation.crop_scale[1] < 1
-        else None,
+        crop=smallest**0.5 if smallest == largest < 1 else None,
         epochs=epochs,
         report=report,
     )
