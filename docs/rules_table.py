@@ -75,8 +75,9 @@ def row(rule: Rule) -> str:
 
 def recipe(rule: Rule, config: Config) -> str:
     """Return augmentation and optimiser, where the rule names them."""
-    augmentation = config.augmentation if "augmentation" in rule.settings else "the preset's"
-    if "optimizer" not in rule.settings:
+    supervised = all(OBJECTIVES[name].needs_labels for name in config.objective.split(","))
+    augmentation = config.augmentation if supervised or "augmentation" in rule.settings else "the preset's"
+    if not (supervised or "optimizer" in rule.settings):
         return f"{augmentation}, the preset's" if augmentation != "the preset's" else "the preset's"
     per = " per 256 images" if config.lr_scaling == "linear" else ""
     return f"{augmentation}, {config.optimizer} {config.lr:g}{per}, weight decay {config.weight_decay:g}"

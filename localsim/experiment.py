@@ -28,6 +28,7 @@ from localsim.plan import describe, draw_credit, draw_views, peak_memory
 from localsim.presets import PRESETS, resolve
 from localsim.rng import key
 from localsim.rules import get_rule
+from localsim.rules.choices import merged
 from localsim.runs import Run
 from localsim.schedule import Schedule
 from localsim.sources import scaled_views
@@ -133,7 +134,7 @@ def check_precision(config: Config, net: LocalNetwork) -> None:
     A strided convolution whose kernel is larger than its map of one position leaves part of that gradient unwritten
     (seen with torch 2.15: whatever the memory held before, now and then not a number).
     """
-    if config.precision != "bf16" or net.device.type != "cpu":
+    if config.precision != "bf16" or net.device.type != "cpu" or not len(net.taps):
         return
     shapes = unit_shapes(build_trunk(config)[0], trunk_size(config))
     for unit, (_, height, width) in zip(net.units[1:], shapes, strict=False):
@@ -195,6 +196,10 @@ def _reopen(rule: str | None, preset: str | None, out: str | Path | None, settin
         out = _default_folder(resolve(rule or "blockwise", preset, settings))
     opened = runs.load_run(out)
     given = {**settings, "rule": get_rule(rule).name if rule else None, "preset": preset}
+    for options in ("objective_options", "head_options"):
+        if isinstance(given.get(options), dict):
+            # a rule's options stay but for those given: those of the run count as said again
+            given[options] = merged(getattr(opened.config, options), given[options])
     changed = opened.config.changed_by({name: value for name, value in given.items() if value is not None})
     if changed:
         name, (there, here) = next(iter(changed.items()))

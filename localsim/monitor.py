@@ -177,9 +177,9 @@ class Monitor:
         for index, z in embeddings.items():
             name, rank, spread = self.tap_names[index], effective_rank(z), relative_spread(z)
             self.embedding_ranks[name] = rank
-            # the logits of two classes may well lie on a line
-            on_a_line = rank < COLLAPSED_RANK and not getattr(net.taps[index].objective, "needs_labels", False)
-            collapsed = on_a_line or spread < COLLAPSED_SPREAD
+            # the logits of two classes lie on a line where they are right
+            two_logits = z.shape[1] == 2 and getattr(net.taps[index].objective, "needs_labels", False)
+            collapsed = (rank < COLLAPSED_RANK and not two_logits) or spread < COLLAPSED_SPREAD
             self.suspicions[index] = self.suspicions[index] + 1 if collapsed and self.stops else 0
             if self.suspicions[index] >= PATIENCE:
                 raise TrainingFailed(

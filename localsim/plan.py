@@ -61,9 +61,10 @@ def describe(config: Config, net: LocalNetwork, data: Data, loader: ViewLoader, 
         f"held at the peak; about {schedule.last_step * cost.seconds / 60:.1f} min of training",
     ]
     if data.test is not None and config.probe_protocol != "none":
+        calibrates = any(has_batch_norm(part) for part in (net.stages, *(tap.readout for tap in net.taps)))
         lines.append(
             f"then: linear (protocol {config.probe_protocol}) and k-NN probes of every stage, of this network and of "
-            + ("two untrained controls" if has_batch_norm(net.stages) else "the untrained one")
+            + ("two untrained controls" if calibrates else "the untrained one")
         )
     chances = {
         name: net.taps[tap].objective.chance_level(cost.widths[tap], config.batch_size)

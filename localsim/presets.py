@@ -112,6 +112,16 @@ _PRESET_OF_DATA = {
     "stl10": "stl10",
     "imagenet": "imagenet",
 }
+SUPERVISED: dict[str, Any] = {
+    # crops and flips, SGD with momentum, 0.1 per 256 images, as supervised residual networks use (He et al. 2016)
+    "augmentation": "crop_flip",
+    "optimizer": "sgd",
+    "lr": 0.1,
+    "lr_scaling": "linear",
+    "weight_decay": 1e-4,
+}
+"""The recipe of runs whose losses all learn from labels, unless the rule or the user says otherwise."""
+
 
 # what must be of its type before taps can be chosen; Config checks the rest
 _TYPES: tuple[tuple[str, type, str], ...] = (
@@ -137,7 +147,7 @@ def resolve(rule: str = "blockwise", preset: str | None = None, overrides: Mappi
     from localsim.rules import get_rule
     from localsim.rules.choices import choose, listed, options_at
     from localsim.rules.noise import Noise
-    from localsim.rules.objectives import make_objective, usual_views
+    from localsim.rules.objectives import OBJECTIVES, make_objective, usual_views
 
     for name, value in (("rule", rule), ("preset", preset), ("data", (overrides or {}).get("data"))):
         if not isinstance(value, str | Path | None):
@@ -164,13 +174,23 @@ def resolve(rule: str = "blockwise", preset: str | None = None, overrides: Mappi
         preset = _PRESET_OF_DATA.get(given.get("data", "embedded"), "folder")
     if preset not in PRESETS:
         raise one_of("preset", preset, PRESETS)
+    named = choose(chosen, given)
+    learns_from_labels = [
+        all(OBJECTIVES[name].needs_labels for name in listed(text, "objective"))
+        for text in (chosen.objective, named["objective"])
+    ]
+    settings = dict(chosen.settings)
+    if learns_from_labels == [True, False]:
+        # the rule's recipe was made for labels, the preset's is for views
+        settings = {name: value for name, value in settings.items() if name not in SUPERVISED}
     values = {
         "granularity": None if given.get("cuts", "auto") not in ("auto", "balanced") else chosen.granularity,
         "noise": str(chosen.noise),
         **PRESETS[preset],
-        **chosen.settings,
+        **(SUPERVISED if learns_from_labels[1] else {}),
+        **settings,
         **given,
-        **choose(chosen, given),
+        **named,
         "rule": chosen.name,
         "preset": preset,
     }

@@ -2,7 +2,6 @@
 
 from localsim.credit import Credit
 from localsim.rules.rule import Rule
-from localsim.rules.usual import SUPERVISED
 
 RULE = Rule(
     name="auglocal",
@@ -14,5 +13,4 @@ RULE = Rule(
     readout="map",
     head="mirrored",
     objective="cross_entropy",
-    settings=SUPERVISED,
 )

@@ -54,15 +54,16 @@ def choose(rule: Rule, given: Mapping[str, Any]) -> dict[str, Any]:
     }
     same_objectives = _collapsed(objectives) == _collapsed(usual)
     same_heads = _collapsed(heads) == _collapsed([_head(rule, name) for name in usual])
-    ours = _merged(rule.settings.get("objective_options", {}) if same_objectives else {}, given, "objective_options")
-    theirs = _merged(rule.settings.get("head_options", {}) if same_heads else {}, given, "head_options")
+    asked_of_objective, asked_of_head = given.get("objective_options", {}), given.get("head_options", {})
+    ours = merged(rule.settings.get("objective_options", {}) if same_objectives else {}, asked_of_objective)
+    theirs = merged(rule.settings.get("head_options", {}) if same_heads else {}, asked_of_head)
     if len(set(objectives)) == len(set(heads)) == 1:
         ours = {**getattr(HEADS[heads[0]], "implies", {}), **ours}
         for option in _shared(objectives[0], heads[0]):
             # said once, meant for both: what the head makes is what the objective reads
-            told = {**ours, **theirs}
-            if option in told:
-                ours, theirs = {option: told[option], **ours}, {option: told[option], **theirs}
+            told = {**ours, **theirs, **asked_of_head, **asked_of_objective}
+            if option in told and not (option in asked_of_objective and option in asked_of_head):
+                ours, theirs = {**ours, option: told[option]}, {**theirs, option: told[option]}
     for place in (0.0, 1.0):
         for objective, head in pairs:
             here = options_at(ours, objective, objectives, place)
@@ -145,13 +146,13 @@ def _head(rule: Rule, objective: str) -> str:
     return kind.head if rule.head is None or rule.head in own or not _suits(objective, rule.head) else rule.head
 
 
-def _merged(usual: Mapping[str, Any], given: Mapping[str, Any], which: str) -> dict[str, Any]:
-    """Return the rule's options with those that were given in their place, one by one (by name, where taps differ)."""
-    merged = dict(usual)
-    for key, value in given.get(which, {}).items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) and "from" not in value
-        merged[key] = {**merged[key], **value} if both else value
-    return merged
+def merged(usual: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options with those that were given in their place, one by one (by name, where taps differ)."""
+    result = dict(usual)
+    for key, value in given.items():
+        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping) and not {"from", "to"} & set(value)
+        result[key] = {**result[key], **value} if both else value
+    return result
 
 
 def _shared(objective: str, head: str) -> dict[str, tuple[Any, Any]]:

@@ -2,7 +2,6 @@
 
 from localsim.credit import Credit
 from localsim.rules.rule import Rule
-from localsim.rules.usual import SUPERVISED
 
 RULE = Rule(
     name="deep_supervision",
@@ -10,6 +9,5 @@ RULE = Rule(
     paper="Lee, Xie, Gallagher, Zhang & Tu, Deeply-Supervised Nets, AISTATS 2015, arXiv 1409.5185",
     credit=Credit.deep_supervision,
     objective="cross_entropy",
-    settings=SUPERVISED,
     meaningless={"reach": "its losses always reach every stage below; use --rule blockwise --reach N"},
 )

@@ -2,7 +2,6 @@
 
 from localsim.credit import Credit
 from localsim.rules.rule import Rule
-from localsim.rules.usual import SUPERVISED
 
 RULE = Rule(
     name="greedy_supervised",
@@ -13,5 +12,4 @@ RULE = Rule(
     credit=Credit.banded,
     # one linear layer; DGL's deeper heads are head=conv, e.g. head_options={"channels": [256, 256, 256], "kernel": 1}
     objective="cross_entropy",
-    settings=SUPERVISED,
 )

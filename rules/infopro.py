@@ -2,7 +2,6 @@
 
 from localsim.credit import Credit
 from localsim.rules.rule import Rule
-from localsim.rules.usual import SUPERVISED
 
 RULE = Rule(
     name="infopro",
@@ -14,5 +13,5 @@ RULE = Rule(
     head="infopro",
     objective="infopro",
     # from the lowest to the highest module; the published weights were tuned for every network, these are ours
-    settings={**SUPERVISED, "objective_options": {"reconstruction": {"from": 1.0, "to": 0.0}}},
+    settings={"objective_options": {"reconstruction": {"from": 1.0, "to": 0.0}}},
 )

@@ -2,7 +2,6 @@
 
 from localsim.credit import Credit
 from localsim.rules.rule import Rule
-from localsim.rules.usual import SUPERVISED
 
 RULE = Rule(
     name="man",
@@ -13,5 +12,4 @@ RULE = Rule(
     head="next_stage",
     # the released code adds InfoPro's reconstruction to the classification; here it is the classification alone
     objective="cross_entropy",
-    settings=SUPERVISED,
 )

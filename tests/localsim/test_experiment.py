@@ -348,3 +348,17 @@ def test_a_plan_names_taps_that_change_no_stage_and_losses_by_tap(tmp_path):
     assert "and the untrained one" not in plan and "of this network and of the untrained one" in (
         experiment.prepare(tiny_config("lpl", backbone="vgg11", image_size=32)).plan
     )
+
+
+@pytest.mark.parametrize(
+    ("rule", "options"), [("clapp", {"skip": 0}), ("clapp_dfb", {"sampling": "either"}), ("infopro", {"task": 2.0})]
+)
+def test_a_run_is_resumed_by_the_words_that_started_it(tmp_path, rule, options):
+    """Although its configuration keeps the rule's own options beside those that were given."""
+    settings = {**tiny_settings(rule), "probe_protocol": "none", "objective_options": options}
+    localsim.run(rule, out=tmp_path / "run", quiet=True, max_steps=1, **settings)
+    assert localsim.run(rule, out=tmp_path / "run", quiet=True, resume=True, max_steps=2, **settings).step == 2
+    with pytest.raises(UserError, match="was started with objective_options="):
+        localsim.run(
+            rule, out=tmp_path / "run", quiet=True, resume=True, objective_options={"pair": "below", "task": 3.0}
+        )

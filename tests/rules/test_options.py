@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from localsim.credit import Credit
 from localsim.errors import UserError
-from localsim.presets import resolve
+from localsim.presets import PRESETS, SUPERVISED, resolve
+from localsim.rules.choices import choose
 from localsim.rules.heads import HEADS
 from localsim.rules.objectives import OBJECTIVES
+from localsim.rules.rule import Rule
 
 
 @pytest.mark.parametrize(
@@ -73,3 +76,38 @@ def test_what_is_shared_is_known():
         ("hinge", "predictor", "skip"), ("hinge", "predictor", "asymmetric"), ("infonce", "predictor", "skip"),
         ("infonce", "predictor", "asymmetric"), ("infopro", "infopro", "contrast"),
     }  # fmt: skip
+
+
+def test_an_option_that_the_rule_names_may_be_given_on_either_side():
+    own = Rule(
+        name="own", summary=".", paper=".", credit=Credit.banded, readout="patches", objective="hinge",
+        settings={"objective_options": {"skip": 2}},
+    )  # fmt: skip
+    for given in ({}, {"objective_options": {"skip": 0}}, {"head_options": {"skip": 0}}):
+        chosen = choose(own, given)
+        assert chosen["objective_options"]["skip"] == chosen["head_options"]["skip"] == (0 if given else 2)
+
+
+# -- recipes ----------------------------------------------------------------------------------------------------------
+
+RECIPE = ("augmentation", "optimizer", "lr", "lr_scaling", "weight_decay")
+
+
+def recipe(rule: str, **given) -> dict:
+    config = resolve(rule, "cifar10", given)
+    return {name: getattr(config, name) for name in RECIPE}
+
+
+def test_losses_of_labels_have_the_recipe_of_supervised_networks_and_losses_of_views_the_presets():
+    """So that a rule and its control differ in the rule alone."""
+    preset = {name: PRESETS["cifar10"][name] for name in RECIPE}
+    assert recipe("greedy_supervised") == recipe("end_to_end", objective="cross_entropy") == SUPERVISED
+    assert recipe("deep_supervision", objective="barlow_twins") == recipe("blockwise") == preset
+    assert recipe("interlocking", objective="simclr") == recipe("predsim", objective="vicreg") == preset
+    assert recipe("interlocking") == SUPERVISED | {"lr_scaling": "none", "weight_decay": 2e-4}
+    mixed = recipe("blockwise", objective="cross_entropy,simclr,simclr,simclr")
+    assert mixed == preset, "views of a loss that compares them are needed"
+    assert recipe("greedy_supervised", lr=0.3, augmentation="small") == SUPERVISED | {
+        "lr": 0.3,
+        "augmentation": "small",
+    }
