@@ -7,22 +7,15 @@ see the same images equally often.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
+from cifar_runs import BUDGET, arguments, cell, heading, make_run
 
-import localsim
-from localsim.analysis.stage_probe import ProbeRow
 from localsim.rules import own_rules
 from localsim.runs import Run, load_run
 
 SETTINGS = {
-    "preset": "cifar10",
-    "train_images": 10_000,
-    "test_images": 5_000,
-    "probe_images": 5_000,
-    "epochs": 4,
+    **BUDGET,
     "zero_init_residual": False,  # else an untrained residual network is a chain of strided shortcuts
-    "on_collapse": "continue",
+    "snapshot_every": 1,  # for what changes over training
 }
 SHARED = {"backbone": "resnet18"}
 # 32 pixels hold 3 x 3 of the published patches: one prediction, one row further than the neighbour
@@ -38,17 +31,11 @@ def settings(name: str) -> dict:
     return {name: value for name, value in chosen.items() if name not in rule.meaningless}
 
 
-def cell(row: ProbeRow) -> str:
-    assert row.gain is not None or row.network in ("untrained", "calibrated")
-    return f"{100 * row.accuracy:.1f} ± {50 * (row.high - row.low):.1f}"
-
-
 def table(runs: dict[str, Run]) -> str:
     """Return linear-probe accuracy of every stage of every rule, after the untrained network of each backbone."""
     probed = {name: run.probe() for name, run in runs.items()}
     deepest = max(len(run.network("untrained").stages) for run in runs.values())
-    lines = ["| network | backbone | " + " | ".join(f"stage {i + 1}" for i in range(deepest)) + " |"]
-    lines.append("|---" * (deepest + 2) + "|")
+    lines = [heading("network", ["backbone", *(f"stage {i + 1}" for i in range(deepest))])]
     seen = set()
     for name, run in runs.items():
         found = probed[name]
@@ -69,21 +56,16 @@ def table(runs: dict[str, Run]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--data-root")
+    parser = arguments(__doc__)
     parser.add_argument("--rules", default=",".join(rule.name for rule in own_rules()))
-    parser.add_argument("--epochs", type=int, default=SETTINGS["epochs"])
+    parser.add_argument("--seed", type=int, default=0, help="runs of another seed than 0 are named RULE-sSEED")
     parser.add_argument("--table", action="store_true", help="print the table of the runs that are finished")
     chosen = parser.parse_args()
     names = chosen.rules.split(",")
-    for name in [] if chosen.table else names:
-        path = chosen.out / name
-        if not (path / "probe.json").exists():
-            resume = (path / "config.json").exists()
-            given = {} if resume else {**settings(name), "epochs": chosen.epochs}
-            localsim.run(name, out=path, resume=resume, data_root=chosen.data_root, **given)
-    print(table({name: load_run(chosen.out / name) for name in names if (chosen.out / name / "probe.json").exists()}))
+    folders = {name: chosen.out / (f"{name}-s{chosen.seed}" if chosen.seed else name) for name in names}
+    for name, path in ({} if chosen.table else folders).items():
+        make_run(path, name, chosen.data_root, **{**settings(name), "epochs": chosen.epochs, "seed": chosen.seed})
+    print(table({name: load_run(path) for name, path in folders.items() if (path / "probe.json").exists()}))
 
 
 if __name__ == "__main__":

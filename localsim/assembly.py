@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from localsim.backbones import Backbone, build_backbone, receptive_fields, unit_shapes
 from localsim.config import Config
 from localsim.credit import Credit
 from localsim.errors import UserError
-from localsim.network import IMAGES, LocalNetwork, Stage, Tap
+from localsim.network import IMAGES, LocalNetwork, Stage, Tap, tensors_of
 from localsim.partition import Stages, partition
 from localsim.patches import Patches
 from localsim.presets import resolve
@@ -56,16 +56,20 @@ def build(
     return build_network(resolve(rule, preset, settings))
 
 
-def build_network(config: Config) -> LocalNetwork:
+def build_network(config: Config, trunk: tuple[Backbone, Stages] | None = None) -> LocalNetwork:
     """Return the untrained network of a configuration.
 
     The trunk's initialisation depends on backbone and seed only, so that all rules of one seed start from the same
     weights; every tap's head has draws of its own.
 
+    Args:
+        config: the configuration.
+        trunk: what `build_trunk(config)` gave, where it was called already; the network takes its unit blocks.
+
     Raises:
         UserError: the partition, reach, readout, head or matrix does not fit the backbone.
     """
-    backbone, stages = build_trunk(config)
+    backbone, stages = build_trunk(config) if trunk is None else trunk
     credit = build_credit(config, len(stages))
     noise = Noise.parse(config.noise)
     net_stages = [Stage([backbone.units[unit] for unit in units], make_boundary(noise)) for units in stages]
@@ -218,7 +222,7 @@ def view_strengths(config: Config, net: LocalNetwork) -> list[float]:
     """
     if config.view_strength == "uniform":
         return [1.0] * len(net.taps)
-    fields = receptive_fields(build_trunk(config)[0])
+    fields = receptive_fields(net.units)
     last = [sum(net.units_per_stage[: tap.stage + 1]) - 1 for tap in net.taps]
     strengths = [min(fields[unit], trunk_size(config)) / config.image_size for unit in last]
     if min(strengths, default=0) == 1:
@@ -236,12 +240,8 @@ def _error_width(net: LocalNetwork, config: Config) -> int:
     images = torch.zeros(2, 3, config.image_size, config.image_size)
     net.eval()
     with torch.no_grad():
-        outputs = [*net.stage_outputs(images), images]  # IMAGES is -1
-        widths = []
-        for tap in net.taps:
-            z = tap(outputs[tap.stage], None if tap.context is None else outputs[tap.context])
-            parts = (z,) if isinstance(z, Tensor) else z
-            widths.append(sum(part[0].numel() for part in parts))
+        outputs = {**dict(enumerate(net.stage_outputs(images))), IMAGES: images}
+        widths = [sum(part[0].numel() for part in tensors_of(tap.embed(outputs))) for tap in net.taps]
     net.train()
     if max(widths) > MAX_ERROR:
         raise UserError(

@@ -313,7 +313,7 @@ def unit_shapes(backbone: Backbone, image_size: int) -> list[tuple[int, int, int
     return [trace.shape for trace in trace_units(backbone, image_size)]
 
 
-def receptive_fields(backbone: Backbone) -> list[int]:
+def receptive_fields(units: Iterable[UnitBlock]) -> list[int]:
     """Return the theoretical receptive field of one position of every unit block's output: its side, in pixels.
 
     A layer with kernel `k` and stride `s` widens it by `(k - 1) jump` and multiplies `jump`, the pixels between
@@ -321,7 +321,7 @@ def receptive_fields(backbone: Backbone) -> list[int]:
     ignored, so the field can be larger than the image.
     """
     fields, field, jump = [], 1, 1
-    for unit in backbone.units:
+    for unit in units:
         for name, module in unit.named_modules():
             if not isinstance(module, nn.Conv2d | nn.MaxPool2d) or not _SHORTCUTS.isdisjoint(name.split(".")):
                 continue

@@ -78,6 +78,7 @@ class Config:
     device: str = field(default="auto", metadata={"free": True})
     workers: int = field(default=0, metadata={"free": True})  # processes that decode streamed images
     checkpoint_minutes: float = field(default=5.0, metadata={"free": True})  # besides the end of every epoch
+    snapshot_every: int = field(default=0, metadata={"free": True})  # keep the weights after every n-th epoch; 0: none
 
     def __post_init__(self) -> None:
         for name in ("lr", "image_size", "epochs", "backbone_width"):
@@ -187,10 +188,12 @@ _AT_LEAST = {
     "workers": 0,
     "log_every": 1,
     "checkpoint_minutes": 0,
+    "snapshot_every": 0,
 }
 _WHOLE = (
     "reach", "expand_width", "num_classes", "views", "image_size", "train_images", "test_images", "epochs",
     "batch_size", "seed", "probe_images", "max_steps", "workers", "log_every",
+    "snapshot_every",
 )  # fmt: skip
 _TEXT = ("rule", "preset", "cuts", "objective", "readout", "head", "noise", "backbone", "patches", "stem", "data",
          "augmentation", "optimizer", "lr_scaling", "precision", "probe_protocol", "device")  # fmt: skip

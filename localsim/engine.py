@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from localsim.errors import UserError
-from localsim.network import IMAGES, Embedding, LocalNetwork, Tap
+from localsim.network import IMAGES, Embedding, LocalNetwork, Tap, tensors_of
 from localsim.rng import keyed
 from localsim.transport import direct_reads
 
@@ -56,7 +56,8 @@ class _Signal:
 class _Segment:
     """The graph of one stage: leaf inputs and outputs for every view, and the signals that arrived at its top.
 
-    Under direct feedback `outputs` are what the stage's layers feed to the error, and signals pass by the stage.
+    Under direct feedback `outputs` are what the stage's layers feed to the error, none where all are frozen, and
+    signals pass by the stage.
     """
 
     inputs: list[Tensor]
@@ -182,7 +183,7 @@ class _Step:
                     outputs.append(module(leaf))
                     reads.append(read)
         if self.last_use[stage] >= 0:
-            tops = [_per_image(read, self.net) for read in reads] if self.direct else outputs
+            tops = [_per_image(read, self.net) for read in reads if read] if self.direct else outputs
             self.alive[stage] = _Segment(leaves if goes_below else [], tops, _trainable(module))
         detached = [out.detach() for out in outputs]
         if any(stage in (tap.stage, tap.context) for tap in self.waiting.values()):
@@ -207,7 +208,9 @@ class _Step:
     def fire(self, index: int, tap: Tap) -> None:
         """Compute one tap's loss, add its own gradients, and leave its signal at the top of its stage's segment."""
         row = self.net.credit.matrix[index, : tap.stage + 1]
-        wanted = bool(row.any())
+        # under direct feedback the error has their shape, and without any there is nothing for it to change
+        heard = [out for segment in self.alive.values() for out in segment.outputs]
+        wanted = bool(row.any() and heard)
         parameters = _trainable(tap)
         contexts = [None] * len(self.held[tap.stage]) if tap.context is None else self.held[tap.context]
         reads = [h.detach().requires_grad_(wanted) for h in self.held[tap.stage]]
@@ -220,16 +223,16 @@ class _Step:
         self.losses[index] = loss.detach()
         if self.hooks.on_tap:
             self.hooks.on_tap(index, tuple(_each(Tensor.detach, z) for z in embeddings), loss.detach())
-        errors = [_parts(z) for z in embeddings] if self.direct else [[read] for read in reads]
+        errors = [tensors_of(z) for z in embeddings] if self.direct else [[read] for read in reads]
         signalled = [x for parts in errors for x in parts if x.requires_grad] if wanted else []
         targets = [*signalled, *parameters]
-        if not targets or not loss.requires_grad:
+        if not targets:
             return
         grads = torch.autograd.grad(loss, targets, allow_unused=True)
         if wanted:
-            found = {id(x): g for x, g in zip(signalled, grads, strict=False) if g is not None}
-            signal = [[found.get(id(x), torch.zeros_like(x)) for x in parts] for parts in errors]
-            joined = [_joined(g, self.alive[tap.stage].outputs[0]) if self.direct else g[0] for g in signal]
+            found = iter(grads)
+            signal = [[_or_zeros(next(found) if x.requires_grad else None, x) for x in parts] for parts in errors]
+            joined = [_joined(g, heard[0]) if self.direct else g[0] for g in signal]
             self.alive[tap.stage].signals.append(_Signal(row, joined))
             grads = grads[len(signalled) :]
         self.finish(parameters, grads)
@@ -282,7 +285,7 @@ class _Step:
                 segment.outputs, targets, signal.grads, retain_graph=number + 1 < len(jobs), allow_unused=True
             )
             if inputs:
-                below_grads = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads, strict=False)]
+                below_grads = [_or_zeros(g, x) for x, g in zip(inputs, grads, strict=False)]
                 self.alive[stage - 1].signals.append(_Signal(signal.row[:stage], below_grads))
             if weight > 0:
                 own = grads[len(inputs) :]
@@ -328,8 +331,8 @@ def _trainable(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
-def _parts(z: Embedding) -> tuple[Tensor, ...]:
-    return (z,) if isinstance(z, Tensor) else z
+def _or_zeros(grad: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if grad is None else grad
 
 
 def _each(function: Callable[[Tensor], Tensor], z: Embedding) -> Embedding:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from localsim import engine
 from localsim.errors import TrainingFailed
-from localsim.network import IMAGES, Embedding, LocalNetwork
+from localsim.network import IMAGES, Embedding, LocalNetwork, tensors_of
 
 COLLAPSED_RANK = 1.1
 COLLAPSED_SPREAD = 1e-3
@@ -151,18 +151,12 @@ class Monitor:
         self.suspicions = [count if tap in taps else 0 for tap, count in enumerate(self.suspicions)]
         modes = [(module, module.training) for module in (net, *net.stages)]
         net.eval()
-        outputs: dict[int, Tensor] = {}
         with torch.no_grad(), engine.autocast(precision, net.device.type)():
             views = views[: CHECKED_IMAGES * (net.patches_per_image if start else 1)]
-            h = views if start else net.fold(views)
+            needed = range(start, 1 + max((net.taps[tap].fires for tap in taps), default=start - 1))
+            outputs = dict(zip(needed, net.stage_outputs(views, start), strict=False))
             outputs[IMAGES] = views
-            for stage in range(start, 1 + max((net.taps[tap].fires for tap in taps), default=start - 1)):
-                outputs[stage] = h = net.stages[stage](h)
-            embeddings = {}
-            for index in taps:
-                tap = net.taps[index]
-                z = tap(outputs[tap.stage], None if tap.context is None else outputs[tap.context])
-                embeddings[index] = (z if isinstance(z, Tensor) else z[0]).flatten(1).float()
+            embeddings = {tap: tensors_of(net.taps[tap].embed(outputs))[0].flatten(1).float() for tap in taps}
         for module, mode in modes:
             module.train(mode)
         for index, z in embeddings.items():

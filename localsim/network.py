@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
 
 import torch
@@ -19,6 +19,11 @@ Embedding = Tensor | tuple[Tensor, ...]
 
 IMAGES = -1
 """The context that is below all stages: h_0, the images."""
+
+
+def tensors_of(z: Embedding) -> tuple[Tensor, ...]:
+    """Return the tensors of an embedding, the one that has an entry per image first."""
+    return (z,) if isinstance(z, Tensor) else z
 
 
 class Objective(Protocol):
@@ -98,6 +103,10 @@ class Tap(nn.Module):
         read = self.readout(h)
         return self.head(read) if context is None else self.head(read, context)
 
+    def embed(self, outputs: Mapping[int, Tensor]) -> Embedding:
+        """Return the embedding of what the stages gave: outputs by the stage's index, the images as `IMAGES`."""
+        return self(outputs[self.stage], None if self.context is None else outputs[self.context])
+
 
 class LocalNetwork(nn.Module):
     """Stages, taps and the credit matrix that joins them.
@@ -156,10 +165,13 @@ class LocalNetwork(nn.Module):
         """Where its parameters are."""
         return next(self.parameters()).device
 
-    def stage_outputs(self, x: Tensor) -> Iterator[Tensor]:
-        """Yield the output map of every stage for images `x` of shape `(batch, 3, height, width)`, lowest first."""
-        x = self.fold(x)
-        for stage in self.stages:
+    def stage_outputs(self, x: Tensor, start: int = 0) -> Iterator[Tensor]:
+        """Yield the output map of every stage from `start` on, lowest first.
+
+        `x` are images `(batch, 3, height, width)`, above stage 0 outputs of stage `start - 1`.
+        """
+        x = x if start else self.fold(x)
+        for stage in list(self.stages)[start:]:
             x = stage(x)
             yield x
 

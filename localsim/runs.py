@@ -7,6 +7,7 @@
 | `plan.txt` | cuts, credit and cost, as printed at the start |
 | `metrics.jsonl` | one JSON object per line: losses, learning rate, throughput, ranks, online probes |
 | `checkpoints/00000350/` | after 350 steps: `trunk.safetensors` (torchvision's names), `taps.safetensors` (readouts and heads), `optimizer.pt`, `monitor.pt`, `progress.json` |
+| `snapshots/00000350/` | weights alone, `trunk.safetensors` and `taps.safetensors`, kept for good (setting `snapshot_every`) |
 | `probe.json`, `probe.csv` | accuracy of every stage, with intervals and settings |
 | `figures/` | plots |
 | `tensorboard/` | the same metrics, where TensorBoard is installed |
@@ -24,7 +25,7 @@ import platform
 import shutil
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from localsim.config import Config
-from localsim.errors import UserError
+from localsim.errors import UserError, one_of
 from localsim.files import write_json, write_text
 
 if TYPE_CHECKING:
@@ -66,19 +67,27 @@ class Run:
         """How many steps the newest checkpoint has seen; 0 without one."""
         return checkpoint_step(self.path)
 
-    def network(self, which: str = "trained") -> LocalNetwork:
-        """Return the network in evaluation mode: `trained` (the newest checkpoint) or `untrained` (its initialisation).
+    @property
+    def snapshots(self) -> list[int]:
+        """The steps after which weights were kept for good, in order (setting `snapshot_every`)."""
+        return sorted(int(folder.name) for folder in (self.path / "snapshots").glob("[0-9]*") if folder.is_dir())
+
+    def network(self, which: str | int = "trained") -> LocalNetwork:
+        """Return the network in evaluation mode.
+
+        Args:
+            which: `trained` (the newest checkpoint), `untrained` (its initialisation), or one of `snapshots`.
 
         Raises:
-            UserError: another word, or weights that cannot be read or are of another architecture.
+            UserError: anything else, or weights that cannot be read or are of another architecture.
         """
         from localsim.assembly import build_network
 
-        if which not in ("trained", "untrained"):
-            raise UserError(f"which network? {which!r}; allowed: trained, untrained")
+        if which not in ("trained", "untrained", *self.snapshots):
+            raise one_of("network", which, ("trained", "untrained", *self.snapshots))
         net = build_network(self.config)
-        if which == "trained" and len(net.taps):
-            folder = newest_checkpoint(self.path)
+        if which != "untrained" and len(net.taps):
+            folder = newest_checkpoint(self.path) if which == "trained" else self.path / "snapshots" / f"{which:08d}"
             if folder is None:
                 raise UserError(f"{self.path} has no checkpoint yet; continue it with `localsim run --resume`")
             load_weights(net, folder)
@@ -198,7 +207,33 @@ def save_checkpoint(
     path: Path, step: int, net: LocalNetwork, optimizer: torch.optim.Optimizer | None, monitor: Mapping[str, Any]
 ) -> Path:
     """Write a checkpoint after `step` steps, then remove all but the newest two; on failure the older ones stay."""
-    root = path / "checkpoints"
+
+    def write(folder: Path) -> None:
+        _save_weights(folder, net)
+        if optimizer is not None:
+            torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+        torch.save(dict(monitor), folder / "monitor.pt")
+        write_json(folder / "progress.json", {"step": step})
+
+    final = _write_folder(path, "checkpoint", step, write)
+    for older in sorted(final.parent.glob("[0-9]*"))[:-KEPT_CHECKPOINTS]:
+        shutil.rmtree(older, ignore_errors=True)
+    return final
+
+
+def save_snapshot(path: Path, step: int, net: LocalNetwork) -> Path:
+    """Keep the weights after `step` steps for good; a snapshot that exists already stays as it is."""
+    return _write_folder(path, "snapshot", step, lambda folder: _save_weights(folder, net))
+
+
+def _save_weights(folder: Path, net: LocalNetwork) -> None:
+    save_file(_plain(net.trunk_state_dict()), folder / "trunk.safetensors")
+    save_file(_plain(net.taps.state_dict()), folder / "taps.safetensors")
+
+
+def _write_folder(path: Path, kind: str, step: int, write: Callable[[Path], None]) -> Path:
+    """Make `<kind>s/<step>/` of the run folder, whole or not at all."""
+    root = path / f"{kind}s"
     final = root / f"{step:08d}"
     partial = root / f".{step:08d}.partial"
     if final.exists():
@@ -207,12 +242,7 @@ def save_checkpoint(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        save_file(_plain(net.trunk_state_dict()), partial / "trunk.safetensors")
-        save_file(_plain(net.taps.state_dict()), partial / "taps.safetensors")
-        if optimizer is not None:
-            torch.save(optimizer.state_dict(), partial / "optimizer.pt")
-        torch.save(dict(monitor), partial / "monitor.pt")
-        write_json(partial / "progress.json", {"step": step})
+        write(partial)
         for file in partial.iterdir():
             with file.open("rb+") as handle:
                 os.fsync(handle.fileno())
@@ -223,12 +253,10 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         kept = newest_checkpoint(path)
         raise UserError(
-            f"the checkpoint after step {step} could not be written ({cause}); "
+            f"the {kind} after step {step} could not be written ({cause}); "
             + (f"{kept} is kept" if kept else "there is none yet")
             + "; make room and continue with --resume"
         ) from error
-    for older in sorted(root.glob("[0-9]*"))[:-KEPT_CHECKPOINTS]:
-        shutil.rmtree(older, ignore_errors=True)
     return final
 
 

@@ -22,6 +22,12 @@ class Phase:
     taps: tuple[int, ...]
 
 
+def acting_together(config: Config, num_taps: int) -> list[tuple[int, ...]]:
+    """Return the taps of every phase: all at once, or one after the other from the lowest up."""
+    taps = range(num_taps)
+    return [tuple(taps)] if config.schedule == "simultaneous" else [(tap,) for tap in taps]
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Which taps act, and the learning rate, as pure functions of the step.
@@ -45,7 +51,7 @@ class Schedule:
             UserError: there are fewer steps than taps to train one after the other, or a phase is all warm-up.
         """
         total = config.epochs * steps_per_epoch
-        groups = [tuple(range(num_taps))] if config.schedule == "simultaneous" else [(tap,) for tap in range(num_taps)]
+        groups = acting_together(config, num_taps)
         if total < len(groups):
             raise UserError(
                 f"{total} steps are too few to train {num_taps} taps one after the other; "

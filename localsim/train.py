@@ -23,9 +23,9 @@ from localsim.data import Batch, ViewLoader
 from localsim.errors import Interrupted, TrainingFailed
 from localsim.memory import HeldBytes
 from localsim.monitor import Monitor
-from localsim.network import Embedding, LocalNetwork
+from localsim.network import Embedding, LocalNetwork, tensors_of
 from localsim.rng import key
-from localsim.schedule import Schedule
+from localsim.schedule import Schedule, acting_together
 from localsim.sources import batches, check_cache, forget_caches, open_source, set_modes
 
 
@@ -111,6 +111,8 @@ def train(
                             f"{bad[0]} is not finite after step {step}; a lower --lr may help", path, step - 1
                         )
                     runs.save_checkpoint(path, step, net, optimizer, monitor.state())
+                    if _is_due(config.snapshot_every, step, loader.steps_per_epoch):
+                        runs.save_snapshot(path, step, net)
                     saved_at = time.monotonic()
                 if stop.is_set():
                     raise Interrupted
@@ -118,6 +120,11 @@ def train(
     if step == schedule.total_steps:
         forget_caches(path)
     return step
+
+
+def _is_due(every: int, step: int, steps_per_epoch: int) -> bool:
+    """Return whether `every` epochs have ended once more after `step` steps; never for 0."""
+    return every > 0 and step % (every * steps_per_epoch) == 0
 
 
 @dataclass(frozen=True)
@@ -146,12 +153,11 @@ def rehearse(net: LocalNetwork, batch: Batch, config: Config) -> StepCost:
     net.train()
     seconds = 0.0
     held = HeldBytes(net.parameters())
-    taps = range(len(net.taps)) if config.schedule == "simultaneous" else range(len(net.taps))[-1:]
+    taps = acting_together(config, len(net.taps))[-1]
     widths: dict[int, int] = {}
 
     def measure(tap: int, embeddings: tuple[Embedding, ...], _loss: Tensor) -> None:
-        first = embeddings[0]
-        widths[tap] = (first if isinstance(first, Tensor) else first[0]).shape[1]
+        widths[tap] = tensors_of(embeddings[0])[0].shape[1]
 
     hooks = engine.Hooks(on_tap=measure, on_final=_drop)
     for attempt in ("cold", "warm"):

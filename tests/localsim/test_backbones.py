@@ -7,6 +7,7 @@ from functools import cache
 import pytest
 import torch
 import torchvision
+from tiny import images, through
 from torch import nn
 
 from localsim.backbones import (
@@ -52,16 +53,6 @@ def randomise(state):
             value.copy_(0.5 + torch.rand(value.shape, generator=generator) if value.dim() == 1 else value)
 
 
-def images(num=2, size=32):
-    return torch.randn(num, 3, size, size, generator=torch.Generator().manual_seed(1))
-
-
-def run(units, x):
-    for unit in units:
-        x = unit(x)
-    return x
-
-
 def num_parameters(module):
     return sum(p.numel() for p in module.parameters())
 
@@ -77,7 +68,7 @@ def test_trunk_loads_into_the_published_model_and_back_with_equal_outputs(name):
         for unit in backbone.units:
             unit.train(train)
         with torch.no_grad():
-            ours, theirs = run(backbone.units, images()).flatten(1), model(images())
+            ours, theirs = through(backbone.units, images()).flatten(1), model(images())
         assert ours.std() > 0
         assert torch.equal(ours, theirs)
     moved = model.state_dict()
@@ -86,7 +77,7 @@ def test_trunk_loads_into_the_published_model_and_back_with_equal_outputs(name):
     load_trunk_state_dict(again.units, moved)
     assert all(torch.equal(value, moved[key]) for key, value in trunk_state_dict(again.units).items())
     with torch.no_grad():
-        assert torch.equal(run([unit.eval() for unit in again.units], images()).flatten(1), model(images()))
+        assert torch.equal(through([unit.eval() for unit in again.units], images()).flatten(1), model(images()))
 
 
 @pytest.mark.parametrize(
@@ -311,13 +302,13 @@ def seen_by_the_centre(units, size):
 def test_receptive_fields_are_what_the_gradient_of_the_centre_covers(name, size):
     backbone = built(name)
     before = {key: value.clone() for key, value in trunk_state_dict(backbone.units).items()}
-    fields = receptive_fields(backbone)
+    fields = receptive_fields(backbone.units)
     assert fields == seen_by_the_centre(backbone.units, size)
     assert all(torch.equal(value, before[key]) for key, value in trunk_state_dict(backbone.units).items())
 
 
 def test_receptive_field_of_the_cifar_stem():
-    assert receptive_fields(build_backbone("resnet18", stem="cifar"))[:2] == [3, 7]
+    assert receptive_fields(build_backbone("resnet18", stem="cifar").units)[:2] == [3, 7]
 
 
 @pytest.mark.parametrize(

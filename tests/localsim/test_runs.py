@@ -92,8 +92,29 @@ def test_load_run_gives_back_configuration_step_and_networks(finished):
     assert_same_tensors({f"taps.safetensors: {k}": x for k, x in trained.taps.state_dict().items()},
                         {k: x for k, x in saved.items() if k.startswith("taps")})  # fmt: skip
     assert_same_tensors(untrained.state_dict(), build_network(run.config).state_dict())
-    with pytest.raises(UserError, match="which network\\? 'best'; allowed: trained, untrained"):
+    with pytest.raises(UserError, match="unknown network 'best'; allowed: trained, untrained"):
         run.network("best")
+
+
+def test_snapshots_keep_the_weights_of_every_nth_epoch(finished, tmp_path):
+    run = localsim.run(out=tmp_path / "kept", quiet=True, snapshot_every=2, **TINY | LOGGED | {"epochs": 4})
+    assert run.snapshots == [2 * STEPS_PER_EPOCH, 4 * STEPS_PER_EPOCH]
+    assert_same_tensors(run.network(run.snapshots[-1]).state_dict(), run.network().state_dict())
+    halfway, final = (dict(run.network(step).named_parameters()) for step in run.snapshots)
+    assert not all(torch.equal(halfway[name], final[name]) for name in final)
+    with pytest.raises(UserError, match="unknown network 7; allowed: trained, untrained, 10, 20"):
+        run.network(7)
+    assert localsim.load_run(finished).snapshots == []
+
+
+def test_a_resumed_run_has_the_snapshots_of_an_uninterrupted_one(tmp_path):
+    settings = {**TINY, "snapshot_every": 1}
+    whole = localsim.run(out=tmp_path / "whole", quiet=True, **settings)
+    localsim.run(out=tmp_path / "parts", quiet=True, max_steps=STEPS_PER_EPOCH + 1, **settings)
+    parts = localsim.run(out=tmp_path / "parts", quiet=True, resume=True, snapshot_every=1)
+    assert whole.snapshots == parts.snapshots == [STEPS_PER_EPOCH, 2 * STEPS_PER_EPOCH]
+    for step in whole.snapshots:
+        assert_same_tensors(whole.network(step).state_dict(), parts.network(step).state_dict())
 
 
 def test_the_trunk_loads_into_torchvisions_network(tmp_path):
