@@ -154,7 +154,7 @@ def build_backbone(
     model = BACKBONES[name](zero_init_residual, width)
     if stem == "cifar" and name in _RESNETS:
         _shrink_stem(model)
-    units, natural_cuts = _split_vgg(model) if name in _VGGS else _split_resnet(model)
+    units, natural_cuts = split_vgg(model) if name in _VGGS else split_resnet(model)
     if name == "vgg6":  # published in layers, not in pooling groups
         natural_cuts = list(range(len(units)))
     return Backbone(name, tuple(units), tuple(natural_cuts))
@@ -168,7 +168,7 @@ def _shrink_stem(model: nn.Module) -> None:
     del model.maxpool
 
 
-def _split_resnet(model: nn.Module) -> tuple[list[UnitBlock], list[int]]:
+def split_resnet(model: nn.Module) -> tuple[list[UnitBlock], list[int]]:
     children = dict(model.named_children())
     stem = [(name, children[name]) for name in ("conv1", "bn1", "relu", "maxpool") if name in children]
     units = [UnitBlock("stem", stem)]
@@ -181,7 +181,7 @@ def _split_resnet(model: nn.Module) -> tuple[list[UnitBlock], list[int]]:
     return units, natural_cuts
 
 
-def _split_vgg(model: nn.Module) -> tuple[list[UnitBlock], list[int]]:
+def split_vgg(model: nn.Module) -> tuple[list[UnitBlock], list[int]]:
     groups: list[list[tuple[str, nn.Module]]] = []
     natural_cuts = [0]
     for index, module in model.get_submodule("features").named_children():

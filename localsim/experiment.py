@@ -16,7 +16,7 @@ from localsim import runs
 from localsim.analysis import plots
 from localsim.analysis.stage_probe import probe
 from localsim.assembly import build_network, build_trunk, trunk_size
-from localsim.backbones import unit_shapes
+from localsim.backbones import Backbone, unit_shapes
 from localsim.config import FREE, Config
 from localsim.credit import Credit
 from localsim.data import Batch, Data, ViewLoader
@@ -24,6 +24,7 @@ from localsim.errors import UserError
 from localsim.files import write_text
 from localsim.network import LocalNetwork
 from localsim.opening import open_data, open_device, open_loader
+from localsim.partition import cut_table
 from localsim.plan import describe, draw_credit, draw_views, peak_memory
 from localsim.presets import PRESETS, resolve
 from localsim.rng import key
@@ -106,10 +107,13 @@ def prepare(config: Config) -> Prepared:
     from localsim.analysis.probes import MIN_TEST_IMAGES
 
     device = open_device(config.device)
-    net = build_network(config).to(device)
+    trunk = backbone, stages = build_trunk(config)
+    # before the network is made of it: a transport changes what autograd holds of a layer
+    cuts = cut_table(backbone, stages, trunk_size(config))
+    net = build_network(config, trunk).to(device)
     if config.channels_last:
         net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    check_precision(config, net)
+    check_precision(config, net, backbone)
     data = open_data(config)
     loader = open_loader(config, data, device)
     first_views = loader
@@ -125,10 +129,11 @@ def prepare(config: Config) -> Prepared:
     batch = next(iter(first_views.epoch(0)))
     check_labels(config, net, data, batch)
     cost = rehearse(net, batch, config) if len(net.taps) else None
-    return Prepared(data, net, loader, describe(config, net, data, loader, cost), draw_views(data, batch, net.patches))
+    plan = describe(config, net, cuts, data, loader, cost)
+    return Prepared(data, net, loader, plan, draw_views(data, batch, net.patches))
 
 
-def check_precision(config: Config, net: LocalNetwork) -> None:
+def check_precision(config: Config, net: LocalNetwork, backbone: Backbone) -> None:
     """Raise UserError where torch's bfloat16 convolutions on the CPU return garbage as the gradient of their weights.
 
     A strided convolution whose kernel is larger than its map of one position leaves part of that gradient unwritten
@@ -136,7 +141,7 @@ def check_precision(config: Config, net: LocalNetwork) -> None:
     """
     if config.precision != "bf16" or net.device.type != "cpu" or not len(net.taps):
         return
-    shapes = unit_shapes(build_trunk(config)[0], trunk_size(config))
+    shapes = unit_shapes(backbone, trunk_size(config))
     for unit, (_, height, width) in zip(net.units[1:], shapes, strict=False):
         convolutions = [module for module in unit.modules() if isinstance(module, torch.nn.Conv2d)]
         if height == width == 1 and any(c.stride[0] > 1 and c.kernel_size[0] > 1 for c in convolutions):

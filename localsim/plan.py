@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from localsim.analysis import plots
 from localsim.analysis.extract import has_batch_norm
-from localsim.assembly import build_trunk, trunk_size, view_strengths
+from localsim.assembly import view_strengths
 from localsim.config import Config
 from localsim.data import Batch, Data, ViewLoader, plain_batches
 from localsim.monitor import tap_names
 from localsim.network import LocalNetwork
-from localsim.partition import cut_table, format_cut_table
+from localsim.partition import CutRow, format_cut_table
 from localsim.patches import Patches
 from localsim.rules.choices import at_tap, listed
 from localsim.schedule import Schedule
@@ -25,16 +26,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def describe(config: Config, net: LocalNetwork, data: Data, loader: ViewLoader, cost: StepCost | None) -> str:
+def describe(
+    config: Config, net: LocalNetwork, cuts: Sequence[CutRow], data: Data, loader: ViewLoader, cost: StepCost | None
+) -> str:
     """Return what a run will do: cuts, credit, taps, data, cost, and what a normal loss looks like."""
-    backbone, stages = build_trunk(config)
     paths = [net.credit.path_to(stage, net.units_per_stage) for stage in range(len(net.stages))]
     cifar_stem = " with the CIFAR stem" if config.stem == "cifar" else ""
     lines = [
         f"rule {config.rule} on {config.backbone} at {config.image_size} px{cifar_stem}, "
         f"preset {config.preset}, seed {config.seed}",
         "",
-        format_cut_table(cut_table(backbone, stages, trunk_size(config)), paths),
+        format_cut_table(cuts, paths),
         "",
         str(net.credit),
         f"longest gradient path: {net.credit.longest_path(net.units_per_stage)} of {len(net.units)} unit blocks",

@@ -175,19 +175,18 @@ def resolve(rule: str = "blockwise", preset: str | None = None, overrides: Mappi
     if preset not in PRESETS:
         raise one_of("preset", preset, PRESETS)
     named = choose(chosen, given)
-    learns_from_labels = [
-        all(OBJECTIVES[name].needs_labels for name in listed(text, "objective"))
-        for text in (chosen.objective, named["objective"])
-    ]
+    names = listed(named["objective"], "objective")
+    objectives = [make_objective(n, options_at(named["objective_options"], n, names, 1.0)) for n in names]
+    supervised = all(objective.needs_labels for objective in objectives)
     settings = dict(chosen.settings)
-    if learns_from_labels == [True, False]:
+    if not supervised and all(OBJECTIVES[name].needs_labels for name in listed(chosen.objective, "objective")):
         # the rule's recipe was made for labels, the preset's is for views
         settings = {name: value for name, value in settings.items() if name not in SUPERVISED}
     values = {
         "granularity": None if given.get("cuts", "auto") not in ("auto", "balanced") else chosen.granularity,
         "noise": str(chosen.noise),
         **PRESETS[preset],
-        **(SUPERVISED if learns_from_labels[1] else {}),
+        **(SUPERVISED if supervised else {}),
         **settings,
         **given,
         **named,
@@ -201,8 +200,6 @@ def resolve(rule: str = "blockwise", preset: str | None = None, overrides: Mappi
         values["warmup_epochs"] = min(values["warmup_epochs"], values["epochs"] / 4)
     if not values["data"]:
         raise UserError("preset 'folder' needs --data with a folder of images")
-    names = listed(values["objective"], "objective")
-    objectives = [make_objective(n, options_at(values["objective_options"], n, names, 1.0)) for n in names]
     values.setdefault("views", max(usual_views(objective) for objective in objectives))
     values.setdefault("num_classes", None)
     labelled = "head" in given or any(objective.needs_labels for objective in objectives)

@@ -27,7 +27,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +92,11 @@ class Run:
                 raise UserError(f"{self.path} has no checkpoint yet; continue it with `localsim run --resume`")
             load_weights(net, folder)
         return net.eval()
+
+    def moved(self, **settings: Any) -> Run:
+        """Return the run with other values of `data`, `data_root` or `device`, of those that are not None."""
+        given = {name: value for name, value in settings.items() if value is not None}
+        return replace(self, config=replace(self.config, **given))
 
     def probe(self) -> ProbeTable | None:
         """Return the probe results stored with the run, or None if it has not been probed."""
@@ -287,10 +292,10 @@ def load_weights(net: LocalNetwork, folder: Path) -> None:
         UserError: a file is missing, damaged, or of another architecture.
     """
     try:
-        net.load_trunk_state_dict(_load_tensors(folder / "trunk.safetensors"))
+        net.load_trunk_state_dict(load_tensors(folder / "trunk.safetensors"))
     except UserError as error:
         raise UserError(f"{folder / 'trunk.safetensors'}: {error}") from None
-    taps = _load_tensors(folder / "taps.safetensors")
+    taps = load_tensors(folder / "taps.safetensors")
     try:
         net.taps.load_state_dict(taps)
     except RuntimeError as error:
@@ -301,26 +306,26 @@ def load_weights(net: LocalNetwork, folder: Path) -> None:
 def load_training_state(folder: Path, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
     """Load the optimiser's state in place and return the monitor's; UserError if a file is missing or damaged."""
     if optimizer is not None:
-        state = _load_plain(folder / "optimizer.pt")
+        state = load_plain(folder / "optimizer.pt")
         try:
             optimizer.load_state_dict(state)
         except (ValueError, KeyError) as error:
             raise UserError(f"{folder / 'optimizer.pt'} is the state of another optimiser: {error}") from None
-    return _load_plain(folder / "monitor.pt")
+    return load_plain(folder / "monitor.pt")
 
 
 def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
-def _load_tensors(path: Path) -> dict[str, Tensor]:
+def load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read: {_cause(error)}") from None
 
 
-def _load_plain(path: Path) -> Any:
+def load_plain(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged archive surfaces as any of half a dozen types, pickle's own among them

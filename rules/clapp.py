@@ -1,6 +1,7 @@
 """CLAPP: every layer predicts its own activity, with a hinge loss that a synapse can compute from local signals."""
 
 from localsim.credit import Credit
+from localsim.rules.greedy_infomax import ADAM, PATCHES
 from localsim.rules.rule import Rule
 
 RULE = Rule(
@@ -16,12 +17,7 @@ RULE = Rule(
         # CLAPP-s sums both terms for every image: objective_options sampling="both"
         "objective_options": {"sampling": "either"},
         "backbone": "vgg6",
-        "patches": "16:8",
-        "image_size": 64,
-        "augmentation": "patches",
-        "optimizer": "adamw",
-        "lr": 2e-4,
-        "lr_scaling": "none",
-        "weight_decay": 0.0,
+        **PATCHES,
+        **ADAM,
     },
 )

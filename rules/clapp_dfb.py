@@ -1,6 +1,7 @@
 """CLAPP++ with direct feedback: every layer is predicted from the activity of the highest one."""
 
 from localsim.credit import Credit
+from localsim.rules.greedy_infomax import ADAM
 from localsim.rules.rule import Rule
 
 RULE = Rule(
@@ -12,11 +13,5 @@ RULE = Rule(
     granularity="block",
     head="feedback_predictor",
     objective="hinge",
-    settings={
-        "backbone": "vgg6",
-        "optimizer": "adamw",
-        "lr": 2e-4,
-        "lr_scaling": "none",
-        "weight_decay": 0.0,
-    },
+    settings={"backbone": "vgg6", **ADAM},
 )

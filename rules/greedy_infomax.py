@@ -3,6 +3,10 @@
 from localsim.credit import Credit
 from localsim.rules.rule import Rule
 
+ADAM = {"optimizer": "adamw", "lr": 2e-4, "lr_scaling": "none", "weight_decay": 0.0}
+PATCHES = {"patches": "16:8", "image_size": 64, "augmentation": "patches"}
+"""The released recipe, which CLAPP's builds on."""
+
 RULE = Rule(
     name="greedy_infomax",
     summary="Every module predicts its own activity for patches 2 to 6 rows down; one module: CPC, no autoregressor.",
@@ -14,12 +18,7 @@ RULE = Rule(
     settings={
         "backbone": "preact_resnet50",
         "zero_init_residual": False,
-        "patches": "16:8",
-        "image_size": 64,
-        "augmentation": "patches",
-        "optimizer": "adamw",
-        "lr": 2e-4,
-        "lr_scaling": "none",
-        "weight_decay": 0.0,
+        **PATCHES,
+        **ADAM,
     },
 )

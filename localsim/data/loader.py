@@ -213,7 +213,7 @@ def _plain_batches(
     everything = torch.arange(len(images))
     if images.images is not None:
         for indices in everything.split(batch_size):
-            plain = _central(images.images[indices].to(device), size, crop)
+            plain = central_square(images.images[indices].to(device), size, crop)
             yield Batch((finished(plain),), _labels(images, indices, device), indices)
         return
     skipped: set[str] = set()
@@ -304,26 +304,28 @@ def _crops(
 
 def _one_view(image: Tensor, index: int, size: int, crop: float | None) -> Tensor:
     """Return the `(1, 3, size, size)` uint8 centre; `index` is what `_Files` hands to every transform."""
-    return _central(image[None], size, crop)
+    return central_square(image[None], size, crop)
 
 
-def _central(images: Tensor, size: int, crop: float | None = None) -> Tensor:
-    """Return the `(n, 3, size, size)` centres of `(n, 3, H, W)` uint8 images, resized first unless of that size.
+def central_square(images: Tensor, size: int | None, crop: float | None = None) -> Tensor:
+    """Return the centres `(n, 3, size, size)` of images `(n, 3, H, W)`, uint8 or float.
 
-    With `crop` the central square of that part of the shorter side, resized.
+    They are resized first so that an eighth of the side is cut off, or with `crop` so that the square is that part of
+    the shorter side. Images of that size already, or without a `size`, are not resampled.
     """
     if crop is not None:
         side = round(crop * min(images.shape[-2:]))
         top, left = ((length - side) // 2 for length in images.shape[-2:])
         images = images[..., top : top + side, left : left + side]
     height, width = images.shape[-2:]
-    if (height, width) == (size, size):
+    if size is None or (height, width) == (size, size):
         return images
     target = size if crop is not None else max(round(size * 8 / 7), size)
     shape = [max(target, int(target * side / min(height, width))) for side in (height, width)]
     resized = functional.interpolate(images.float(), size=shape, mode="bilinear", antialias=True)
     top, left = round((shape[0] - size) / 2), round((shape[1] - size) / 2)
-    return resized[..., top : top + size, left : left + size].round().to(torch.uint8)
+    centre = resized[..., top : top + size, left : left + size]
+    return centre.round().to(torch.uint8) if images.dtype == torch.uint8 else centre
 
 
 def _normaliser(mean: Triple, std: Triple, device: torch.device) -> Callable[[Tensor], Tensor]:

@@ -44,6 +44,14 @@ def off_diagonal_squares(matrix: Tensor) -> Tensor:
     return squares.sum() - squares.diagonal().sum()
 
 
+def covariance_squares(centred: Tensor) -> Tensor:
+    """Return the sum of squared covariances between different dimensions, of deviations `(n, d)` from a mean.
+
+    sum_{i != k} C_ik^2,    C = centred^T centred / (n - 1)
+    """
+    return off_diagonal_squares(centred.T @ centred / (len(centred) - 1))
+
+
 def derangement(num: int, device: torch.device) -> Tensor:
     """Return a random permutation `(num,)` of the batch that is one single cycle: no image keeps its own place.
 

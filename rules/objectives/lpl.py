@@ -13,8 +13,8 @@ from localsim.network import Embedding
 from localsim.rules.checks import check_choice, check_number
 from localsim.rules.objectives.common import (
     check_two_views,
+    covariance_squares,
     derangement,
-    off_diagonal_squares,
     parts,
     vectors,
 )
@@ -84,7 +84,8 @@ class LPL:
             push = sum(self._stale_push(*view) for view in stale) / 2
             centred = [z - mean for z, mean, _ in stale]
         partners = z2[derangement(len(z2), z2.device)] if self.positives == "shuffled" else z2
-        decorrelation = sum(_redundancy(deviations) for deviations in centred) / 2
+        num_pairs = max(z1.shape[1] ** 2 - z1.shape[1], 1)  # 1 where there is one dimension, and no covariance
+        decorrelation = sum(covariance_squares(deviations) / num_pairs for deviations in centred) / 2
         return self.pull * F.mse_loss(z1, partners) + self.push * push + self.decorrelation * decorrelation
 
     def _push(self, z: Tensor) -> Tensor:
@@ -104,9 +105,3 @@ class LPL:
             return None
         size = max(self.push / (2 * self.pull), self.eps)
         return 2 * self.pull * (size - self.eps) - self.push * math.log(size)
-
-
-def _redundancy(centred: Tensor) -> Tensor:
-    """Return the mean squared covariance between different dimensions of deviations `(n, M)`; 0 if M is 1."""
-    num, width = centred.shape
-    return off_diagonal_squares(centred.T @ centred / (num - 1)) / max(width**2 - width, 1)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from localsim.network import Embedding
 from localsim.rules.checks import check_number
-from localsim.rules.objectives.common import check_two_views, off_diagonal_squares, vectors
+from localsim.rules.objectives.common import check_two_views, covariance_squares, vectors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class VICReg:
         views = z1, z2 = vectors("vicreg", embeddings)
         distance = F.mse_loss(z1, z2)
         spread = torch.stack([self._hinge(z) for z in views]).mean()
-        redundancy = torch.stack([_redundancy(z) for z in views]).sum()
+        redundancy = torch.stack([covariance_squares(z - z.mean(dim=0)) / z.shape[1] for z in views]).sum()
         return self.sim_weight * distance + self.std_weight * spread + self.cov_weight * redundancy
 
     def _hinge(self, z: Tensor) -> Tensor:
@@ -73,9 +73,3 @@ class VICReg:
         best = self.std_weight / (4 * self.sim_weight) if self.sim_weight else math.inf
         size = max(min(best, 1.0), math.sqrt(self.eps))
         return 2 * self.sim_weight * (size**2 - self.eps) + self.std_weight * max(1 - size, 0.0)
-
-
-def _redundancy(z: Tensor) -> Tensor:
-    """Return the sum of squared covariances between different dimensions of `(n, d)`, over d."""
-    centred = z - z.mean(dim=0)
-    return off_diagonal_squares(centred.T @ centred / (len(z) - 1)) / z.shape[1]

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from tiny import images, through
 from torch import nn
 from torch.nn import functional
 
@@ -22,16 +23,6 @@ from localsim.errors import UserError
 from localsim.unnormalised import preact_resnet50, vgg6
 
 built = cache(build_backbone)
-
-
-def patches(num=2, size=16):
-    return torch.randn(num, 3, size, size, generator=torch.Generator().manual_seed(1))
-
-
-def run(units, x):
-    for unit in units:
-        x = unit(x)
-    return x
 
 
 def published_vgg6(state, x):
@@ -70,15 +61,15 @@ def test_trunk_is_the_published_network_and_its_weights_go_round(name, whole, pu
         if value.dim() == 1:
             value.copy_(torch.randn(value.shape) / 10)
     with torch.no_grad():
-        ours = run(backbone.units, patches())
-        torch.testing.assert_close(ours, published(state, patches()))
+        ours = through(backbone.units, images(2, 16))
+        torch.testing.assert_close(ours, published(state, images(2, 16)))
         model = whole(0.25)
         model.load_state_dict(state, strict=True)
         assert list(model.state_dict()) == list(state)
-        assert torch.equal(model(patches()), ours)
+        assert torch.equal(model(images(2, 16)), ours)
         again = build_backbone(name, width=0.25)
         load_trunk_state_dict(again.units, model.state_dict())
-        assert torch.equal(run(again.units, patches()), ours)
+        assert torch.equal(through(again.units, images(2, 16)), ours)
 
 
 def test_vgg6_has_one_unit_block_per_layer_and_the_published_sizes():
@@ -113,10 +104,10 @@ def test_nothing_normalises(name):
     kinds = {type(module).__name__ for unit in built(name).units for module in unit.modules()}
     assert not [kind for kind in kinds if "Norm" in kind]
     # so a patch is seen in the same way whatever else is in the batch
-    x = patches(4)
+    x = images(4, 16)
     with torch.no_grad():
         units = built(name).units
-        torch.testing.assert_close(run(units, x)[:1], run(units, x[:1]))
+        torch.testing.assert_close(through(units, x)[:1], through(units, x[:1]))
 
 
 def test_width_multiplies_all_channels_but_leaves_at_least_eight():
@@ -132,7 +123,7 @@ def test_width_multiplies_all_channels_but_leaves_at_least_eight():
 @pytest.mark.parametrize("name", SCALABLE)
 def test_activations_keep_their_size_through_an_untrained_network(name, zero):
     torch.manual_seed(0)
-    x = patches(16)
+    x = images(16, 16)
     with torch.no_grad():
         for unit in build_backbone(name, zero_init_residual=zero, width=0.5).units:
             x = unit(x)
@@ -154,7 +145,7 @@ def test_weights_are_kaiming_normal_over_the_fan_in_and_biases_zero(name):
 def test_zero_init_makes_each_block_its_shortcut():
     units = build_backbone("preact_resnet50", width=0.2).units
     with torch.no_grad():
-        stem = units[0](patches())
+        stem = units[0](images(2, 16))
         first = units[1](stem)
         shortcut = units[1].get_submodule("parts.0.shortcut")
         assert isinstance(shortcut, nn.Conv2d)
@@ -164,7 +155,7 @@ def test_zero_init_makes_each_block_its_shortcut():
 
 def test_a_block_leaves_its_input_as_it_was():
     units = build_backbone("preact_resnet50", width=0.2).units
-    x = run(units[:2], patches())
+    x = through(units[:2], images(2, 16))
     before = x.clone()
     units[2](x)
     assert (before < 0).any() and torch.equal(x, before)

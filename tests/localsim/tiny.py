@@ -1,15 +1,16 @@
-"""Runs that end within a second: what the tests of training, run folders and experiments share."""
+"""Runs that end within a second, images and passes: what tests of backbones, training and run folders share."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from localsim import runs
 from localsim.config import Config
@@ -56,6 +57,18 @@ def tiny_loader(config: Config) -> ViewLoader:
     return prepare(config).loader
 
 
+def images(num: int = 2, size: int = 32) -> torch.Tensor:
+    """Return the same normally distributed images every time."""
+    return torch.randn(num, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def through(units: Iterable[nn.Module], x: torch.Tensor) -> torch.Tensor:
+    """Return what comes out of unit blocks, one after the other."""
+    for unit in units:
+        x = unit(x)
+    return x
+
+
 def train_in(
     path: Path, rule: str = "blockwise", *, alter: Callable[[LocalNetwork], None] | None = None, **settings: Any
 ) -> LocalNetwork:
@@ -77,7 +90,7 @@ def checkpoint_tensors(path: Path) -> dict[str, torch.Tensor]:
     folder = runs.newest_checkpoint(path)
     assert folder is not None
     files = ("trunk.safetensors", "taps.safetensors")
-    return {f"{file}: {name}": x for file in files for name, x in runs._load_tensors(folder / file).items()}
+    return {f"{file}: {name}": x for file in files for name, x in runs.load_tensors(folder / file).items()}
 
 
 def assert_same_tensors(here: dict[str, torch.Tensor], there: dict[str, torch.Tensor]) -> None:
