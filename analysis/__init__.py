@@ -1,4 +1,7 @@
-"""What was learned: features, probes, plots. Reads run folders and networks; never imports the trainer."""
+"""What was learned: features, similarity, geometry, probes, plots, of runs and of networks trained elsewhere.
+
+Reads run folders and networks; never imports the trainer.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,57 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from localsim.analysis import geometry as geometry
     from localsim.analysis import plots as plots
+    from localsim.analysis.comparison import Comparison as Comparison
+    from localsim.analysis.comparison import compare as compare
+    from localsim.analysis.corrupted_probe import robustness as robustness
+    from localsim.analysis.corruptions import corrupt as corrupt
+    from localsim.analysis.detection import check_transfer as check_transfer
+    from localsim.analysis.detection import detection_model as detection_model
+    from localsim.analysis.extraction import features as features
+    from localsim.analysis.feature_store import Features as Features
+    from localsim.analysis.similarity import MEASURES as MEASURES
+    from localsim.analysis.similarity import cca as cca
+    from localsim.analysis.similarity import cka as cka
+    from localsim.analysis.similarity import get_measure as get_measure
+    from localsim.analysis.similarity import mutual_knn as mutual_knn
+    from localsim.analysis.similarity import predictivity as predictivity
+    from localsim.analysis.similarity import procrustes as procrustes
+    from localsim.analysis.similarity import pwcca as pwcca
+    from localsim.analysis.similarity import rsa as rsa
+    from localsim.analysis.similarity import svcca as svcca
+    from localsim.analysis.sources import Source as Source
     from localsim.analysis.stage_probe import probe as probe
+    from localsim.analysis.updates import alignment_over_training as alignment_over_training
+    from localsim.analysis.updates import gradient_alignment as gradient_alignment
 
-_WHERE = {"probe": "localsim.analysis.stage_probe"}
-__all__ = ["plots", "probe"]
+_MODULES = ("geometry", "plots")
+_WHERE = {
+    "comparison": ("Comparison", "compare"),
+    "corrupted_probe": ("robustness",),
+    "corruptions": ("corrupt",),
+    "detection": ("check_transfer", "detection_model"),
+    "extraction": ("features",),
+    "feature_store": ("Features",),
+    "similarity": (
+        "MEASURES", "cca", "cka", "get_measure", "mutual_knn", "predictivity", "procrustes", "pwcca", "rsa", "svcca",
+    ),
+    "sources": ("Source",),
+    "stage_probe": ("probe",),
+    "updates": ("alignment_over_training", "gradient_alignment"),
+}  # fmt: skip
+_HOME = {name: module for module, names in _WHERE.items() for name in names}
+__all__ = [*_MODULES, *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "plots":
-        return importlib.import_module("localsim.analysis.plots")
-    if name in _WHERE:
-        return getattr(importlib.import_module(_WHERE[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"localsim.analysis.{name}")
+    if name in _HOME:
+        return getattr(importlib.import_module(f"localsim.analysis.{_HOME[name]}"), name)
     raise AttributeError(f"module 'localsim.analysis' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

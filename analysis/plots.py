@@ -8,56 +8,35 @@ Every function returns a `matplotlib.figure.Figure` and leaves pyplot alone, so 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from localsim.analysis import trunk
-from localsim.errors import UserError, one_of
-from localsim.files import write_atomically
+from localsim.analysis.canvas import FORMATS, STYLE, in_order, new_figure, save, styled
+from localsim.analysis.comparison_plots import (
+    comparison_figures,
+    similarity_map,
+    similarity_matrix,
+    similarity_over_training,
+    similarity_profiles,
+)
+from localsim.analysis.depth_plots import geometry_by_stage, update_alignment
+from localsim.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FORMATS = (".png", ".svg", ".pdf")
-STYLE = Path(__file__).with_name("localsim.mplstyle")
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def _styled(function: Callable[P, R]) -> Callable[P, R]:
-    """Run a function under the project's style and put matplotlib's settings back afterwards."""
-
-    @wraps(function)
-    def styled(*args: P.args, **kwargs: P.kwargs) -> R:
-        from matplotlib import style
-
-        with style.context(STYLE):
-            return function(*args, **kwargs)
-
-    return styled
+__all__ = [
+    "FORMATS", "STYLE", "accuracy_by_stage", "comparison_figures", "contact_sheet", "credit_matrix",
+    "geometry_by_stage", "gradient_paths", "loss_curves", "running_median", "save", "similarity_map",
+    "similarity_matrix", "similarity_over_training", "similarity_profiles", "update_alignment",
+]  # fmt: skip
 
 
-@_styled
-def save(figure: Figure, path: str | Path) -> None:
-    """Write a figure atomically in the format that the suffix names; the same figure gives the same bytes.
-
-    Raises:
-        UserError: the suffix is none of `FORMATS`.
-    """
-    path = Path(path)
-    if path.suffix not in FORMATS:
-        raise one_of("figure format", path.suffix, FORMATS)
-    stamp = {".png": None, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}[path.suffix]
-    write_atomically(path, lambda temporary: figure.savefig(temporary, metadata=stamp))
-
-
-@_styled
+@styled
 def accuracy_by_stage(
     table: Mapping[str, Sequence[tuple[str, float, float, float]]], *, title: str, chance: float | None = None
 ) -> Figure:
@@ -75,7 +54,7 @@ def accuracy_by_stage(
     if not any(table.values()):
         raise UserError("a plot of accuracy by stage needs at least one series with at least one stage")
     stages = list(dict.fromkeys(stage for points in table.values() for stage, *_ in points))
-    figure, axes = _figure(max(5.0, 2.6 + 0.75 * len(stages)), 3.6)
+    figure, axes = new_figure(max(5.0, 2.6 + 0.75 * len(stages)), 3.6)
     drawn = {series: points for series, points in table.items() if points}
     for number, (series, points) in enumerate(drawn.items()):
         # side by side within a stage, so that bars of equal accuracy stay visible
@@ -92,11 +71,11 @@ def accuracy_by_stage(
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
     axes.set(title=title, xlabel="stage", ylabel="accuracy")
     # in the order drawn: by default lines without bars (chance) would come first
-    figure.legend(handles=_in_order(axes, [*drawn, "chance"]), loc="outside right upper")
+    figure.legend(handles=in_order(axes, [*drawn, "chance"]), loc="outside right upper")
     return figure
 
 
-@_styled
+@styled
 def loss_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Draw the loss of every tap against the step: faint as measured, strong as a running median.
 
@@ -113,7 +92,7 @@ def loss_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
             curves.setdefault(tap, []).append((row["step"], loss))
     if not curves:
         raise UserError("the metrics hold no losses to draw")
-    figure, axes = _figure(6.5, 3.6)
+    figure, axes = new_figure(6.5, 3.6)
     for tap, points in curves.items():
         step, loss = np.array(points, dtype=float).T
         (raw,) = axes.plot(step, loss, alpha=0.25, linewidth=0.9)
@@ -136,7 +115,7 @@ def running_median(values: np.ndarray, half: int) -> np.ndarray:
         return np.nanmedian(np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1), axis=1)
 
 
-@_styled
+@styled
 def contact_sheet(originals: Any, views: Sequence[Any], labels: Sequence[object] | None = None) -> Figure:
     """Draw images in columns, each above its augmented views.
 
@@ -154,7 +133,7 @@ def contact_sheet(originals: Any, views: Sequence[Any], labels: Sequence[object]
     if len(set(counts)) != 1 or counts[0] == 0:
         raise UserError(f"a contact sheet needs equally many images, views and labels, at least one, not {counts}")
     names = ["image", *(f"view {number}" for number in range(1, len(sheets)))]
-    figure, _ = _figure(1.1 * counts[0] + 0.6, 1.15 * len(sheets) + 0.3, axes=False)
+    figure, _ = new_figure(1.1 * counts[0] + 0.6, 1.15 * len(sheets) + 0.3, axes=False)
     grid = figure.subplots(len(sheets), counts[0], squeeze=False)
     for row, (name, sheet) in enumerate(zip(names, sheets, strict=True)):
         for column, image in enumerate(sheet):
@@ -169,7 +148,7 @@ def contact_sheet(originals: Any, views: Sequence[Any], labels: Sequence[object]
     return figure
 
 
-@_styled
+@styled
 def credit_matrix(
     matrix: np.ndarray | Sequence[Sequence[float]], taps: Sequence[int], stage_names: Sequence[str], title: str = ""
 ) -> Figure:
@@ -190,7 +169,7 @@ def credit_matrix(
 
     weights = trunk.checked(matrix, taps, stage_names)
     num_taps, num_stages = weights.shape
-    figure, axes = _figure(1.6 + 0.6 * num_stages, 1.1 + 0.6 * max(num_taps, 1))
+    figure, axes = new_figure(1.6 + 0.6 * num_stages, 1.1 + 0.6 * max(num_taps, 1))
     for (tap, stage), weight in np.ndenumerate(weights):
         if stage > taps[tap]:
             continue
@@ -222,7 +201,7 @@ def credit_matrix(
     return figure
 
 
-@_styled
+@styled
 def gradient_paths(
     rules: Sequence[tuple[str, np.ndarray | Sequence[Sequence[float]], Sequence[int], Sequence[str]]],
 ) -> Figure:
@@ -246,7 +225,7 @@ def gradient_paths(
     ]
     heights = [trunk.height(weights, taps) for _, weights, taps, _ in checked]
     total = sum(heights) + trunk.LEGEND_HEIGHT
-    figure, _ = _figure(trunk.WIDTH / 100, total / 100, axes=False)
+    figure, _ = new_figure(trunk.WIDTH / 100, total / 100, axes=False)
     figure.set_layout_engine("none")
     top = total
     for (title, weights, taps, names), height in zip(checked, heights, strict=True):
@@ -254,19 +233,6 @@ def gradient_paths(
         trunk.draw(_canvas(figure, top, height, total), title, weights, taps, names)
     trunk.draw_legend(_canvas(figure, 0, trunk.LEGEND_HEIGHT, total), [(w, t) for _, w, t, _ in checked])
     return figure
-
-
-def _figure(width: float, height: float, *, axes: bool = True) -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height))
-    return figure, (figure.add_subplot() if axes else None)  # pyright: ignore[reportReturnType]
-
-
-def _in_order(axes: Axes, labels: Sequence[str]) -> list[Any]:
-    """Return the legend handles of these labels, in this order, those that exist."""
-    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    return [handles[label] for label in labels if label in handles]
 
 
 def _canvas(figure: Figure, bottom: float, height: float, total: float) -> Axes:

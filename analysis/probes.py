@@ -20,6 +20,7 @@ from localsim.errors import UserError, one_of
 
 Array = np.ndarray | Tensor
 MIN_TEST_IMAGES = 10
+PENALTIES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
 
 
 @dataclass(frozen=True)
@@ -51,15 +52,9 @@ class ProbeScore:
 
 
 def linear_probe(
-    x_train: Array,
-    y_train: Array,
-    x_test: Array,
-    y_test: Array,
-    *,
-    num_classes: int,
-    seed: int = 0,
-    penalties: Sequence[float] = (1.0, 1e-1, 1e-2, 1e-3, 1e-4),
-) -> ProbeScore:
+    x_train: Array, y_train: Array, x_test: Array, y_test: Array, *, num_classes: int, seed: int = 0,
+    penalties: Sequence[float] = PENALTIES,
+) -> ProbeScore:  # fmt: skip
     """Score multinomial logistic regression with an L2 penalty, chosen within the training images.
 
     Features are standardised by the training mean and standard deviation (constant ones become 0). Each penalty is
@@ -81,6 +76,33 @@ def linear_probe(
             penalty is not positive.
     """
     x_train, y_train, x_test, y_test = _checked(x_train, y_train, x_test, y_test, num_classes)
+    fitted = fit_linear_probe(x_train, y_train, num_classes=num_classes, seed=seed, penalties=penalties)
+    ordered = sorted(map(float, penalties), reverse=True)
+    settings = {"probe": "linear", "penalty": fitted.penalty, "penalties": ordered, "n_train": len(y_train)}
+    return _score(fitted.answers(x_test) == y_test, y_test, num_classes, settings | {"seed": seed})
+
+
+@dataclass(frozen=True, eq=False)
+class LinearProbe:
+    """A fitted probe: features are standardised to (x - mean) * scale; `classes` are the labels seen in training."""
+
+    classes: Tensor
+    mean: Tensor
+    scale: Tensor
+    weight: Tensor
+    bias: Tensor
+    penalty: float
+
+    def answers(self, x: Tensor) -> Tensor:
+        """Return the `(m,)` labels given to features `(m, d)`, on the probe's device."""
+        return self.classes[(((x - self.mean) * self.scale) @ self.weight.T + self.bias).argmax(dim=1)]
+
+
+def fit_linear_probe(
+    x_train: Array, y_train: Array, *, num_classes: int, seed: int = 0, penalties: Sequence[float] = PENALTIES
+) -> LinearProbe:
+    """Return the probe that `linear_probe` scores, for use on several sets of images; arguments and errors as there."""
+    x_train, y_train = _checked_training(x_train, y_train, num_classes)
     if not penalties or min(penalties) <= 0:
         raise UserError(f"penalties {tuple(penalties)} must be one or more positive numbers")
     ordered = sorted(map(float, penalties), reverse=True)
@@ -88,12 +110,10 @@ def linear_probe(
     if len(ordered) > 1:
         order = torch.randperm(len(y_train), generator=rng.generator(seed, "linear probe, held-out fifth"))
         held, rest = order[: len(order) // 5].to(y_train.device), order[len(order) // 5 :].to(y_train.device)
-        answers = _answers(x_train[rest], y_train[rest], x_train[held], ordered)
-        hits = [int((answer == y_train[held]).sum()) for answer in answers]
+        fits = _fits(x_train[rest], y_train[rest], ordered)
+        hits = [int((fitted.answers(x_train[held]) == y_train[held]).sum()) for fitted in fits]
         chosen = ordered[hits.index(max(hits))]
-    correct = _answers(x_train, y_train, x_test, [chosen])[0] == y_test
-    settings = {"probe": "linear", "penalty": chosen, "penalties": ordered, "n_train": len(y_train), "seed": seed}
-    return _score(correct, y_test, num_classes, settings)
+    return _fits(x_train, y_train, [chosen])[0]
 
 
 def logistic_regression(
@@ -130,16 +150,9 @@ def logistic_regression(
 
 
 def knn_probe(
-    x_train: Array,
-    y_train: Array,
-    x_test: Array,
-    y_test: Array,
-    *,
-    num_classes: int,
-    k: int = 20,
-    temperature: float = 0.07,
-    seed: int = 0,
-) -> ProbeScore:
+    x_train: Array, y_train: Array, x_test: Array, y_test: Array, *, num_classes: int, k: int = 20,
+    temperature: float = 0.07, seed: int = 0,
+) -> ProbeScore:  # fmt: skip
     """Score a weighted vote of the k training images most similar to each test image.
 
     Similarity s is the cosine between features as they are; a neighbour's vote for its class weighs exp(s/temperature).
@@ -287,20 +300,20 @@ def paired_bootstrap(
     return _percentiles((draws[:, 0] - draws[:, 1]) / n, level)
 
 
-def _answers(x_train: Tensor, y_train: Tensor, x: Tensor, penalties: Sequence[float]) -> list[Tensor]:
-    """Return the labels given to `x` by a fit for each penalty, strongest first: each starts from the one before."""
+def _fits(x_train: Tensor, y_train: Tensor, penalties: Sequence[float]) -> list[LinearProbe]:
+    """Return a fit for each penalty, strongest first: each starts from the one before."""
     # only classes that occur: the bias of an absent one would run off to minus infinity
     classes, y_train = y_train.unique(return_inverse=True)
     mean, std = x_train.mean(dim=0), x_train.std(dim=0, correction=0)
     # a constant feature's computed deviation is rounding noise, relative to its size
     varies = std > 1e-6 * x_train.abs().amax(dim=0)
     scale = torch.where(varies, 1 / torch.where(varies, std, 1), 0)
-    x_train, x = (x_train - mean) * scale, (x - mean) * scale
-    weight, answers = None, []
+    x_train = (x_train - mean) * scale
+    weight, fits = None, []
     for penalty in penalties:
         weight, bias = logistic_regression(x_train, y_train, num_classes=len(classes), penalty=penalty, start=weight)
-        answers.append(classes[(x @ weight.T + bias).argmax(dim=1)])
-    return answers
+        fits.append(LinearProbe(classes, mean, scale, weight, bias, penalty))
+    return fits
 
 
 @torch.enable_grad()
@@ -329,16 +342,21 @@ def _checked(
     x_train: Array, y_train: Array, x_test: Array, y_test: Array, num_classes: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return features as float32 and labels as int64 on the training features' device, or say what is wrong."""
-    x, y = _checked_set(x_train, y_train, num_classes, "training features")
+    x, y = _checked_training(x_train, y_train, num_classes)
     x_other, y_other = _checked_set(x_test, y_test, num_classes, "test features")
     if x.shape[1] != x_other.shape[1]:
         raise UserError(f"training features have width {x.shape[1]}, test features {x_other.shape[1]}")
+    _enough_test_images(y_other)
+    return x, y, x_other.to(x.device), y_other.to(x.device)
+
+
+def _checked_training(x_train: Array, y_train: Array, num_classes: int) -> tuple[Tensor, Tensor]:
+    x, y = _checked_set(x_train, y_train, num_classes, "training features")
     if len(y) < 10 or len(y.unique()) < 2:
         raise UserError(
             f"a probe needs at least 10 training images of 2 classes, not {len(y)} images of {len(y.unique())}"
         )
-    _enough_test_images(y_other)
-    return x, y, x_other.to(x.device), y_other.to(x.device)
+    return x, y
 
 
 def _checked_set(x: Array, y: Array, num_classes: int, what: str) -> tuple[Tensor, Tensor]:

@@ -6,34 +6,31 @@ import csv
 import io
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from localsim.analysis import plots
-from localsim.analysis.extract import batch_features, calibrated, collect_features, has_batch_norm, stream_features
+from localsim.analysis.controls import CONTROLS, with_controls
+from localsim.analysis.extract import batch_features, collect_features, stream_features
 from localsim.analysis.probes import ProbeScore, knn_probe, linear_probe, paired_bootstrap, sgd_probe
+from localsim.analysis.sources import colour_and_crop
 from localsim.data import AUGMENTATIONS, Batch, Data, ImageSet, ViewLoader, class_balanced, plain_batches
 from localsim.errors import UserError, one_of
 from localsim.files import write_json, write_text
 from localsim.network import LocalNetwork
-from localsim.opening import open_data, open_device, open_loader
+from localsim.opening import open_data, open_device
 
 if TYPE_CHECKING:
     from localsim.runs import Run
 
 PROTOCOLS = ("logistic", "paper")
-CONTROLS = ("untrained", "calibrated")
-"""Networks that have learned nothing: as initialised, and with batch-norm statistics taken from images."""
 BATCH = 256
 FEATURE_BYTES = 4 * 2**30
 """Memory for the features of training images that logistic regression and k-NN see; on more images, a balanced part."""
-CALIBRATION_BATCHES = 16
-"""Training batches from which the calibrated control takes its batch-norm statistics."""
 
 
 @dataclass(frozen=True)
@@ -159,19 +156,9 @@ def probe(
     config = run.config
     data = open_data(config) if data is None else data
     device = trained.device if trained is not None else open_device(config.device)
-    untrained = run.network("untrained")
-    for tap in untrained.taps:
-        tap.head = nn.Identity()  # probes read no heads, and those of ImageNet's preset take 2.4 GB
-    networks = {"untrained": untrained.to(device)}
-    if has_batch_norm(untrained):
-        views = islice(open_loader(config, data, device).epoch(0), CALIBRATION_BATCHES)
-        networks["calibrated"] = calibrated(untrained, views, seed=config.seed)
-    if len(untrained.taps):
-        networks[config.rule] = (run.network() if trained is None else trained).to(device)
-    augmentation = AUGMENTATIONS[config.augmentation]
-    smallest, largest = augmentation.crop_scale
+    grey, crop = colour_and_crop(config)
     table = probe_networks(
-        networks,
+        with_controls(run, data, device, trained),
         data,
         image_size=config.image_size,
         protocol=protocol or (config.probe_protocol if config.probe_protocol != "none" else "logistic"),
@@ -179,8 +166,8 @@ def probe(
         seed=seed,
         precision=config.precision,
         workers=config.workers,
-        grey=augmentation.gray == 1,
-        crop=smallest**0.5 if smallest == largest < 1 else None,
+        grey=grey,
+        crop=crop,
         epochs=epochs,
         report=report,
     )
@@ -261,7 +248,7 @@ def probe_networks(
     for name, net in networks.items():
         net.eval()
         device = net.device
-        kept = class_balanced(train, max(FEATURE_BYTES // _bytes_per_image(net, image_size), num_classes * 20), "train")
+        kept = class_balanced(train, max(FEATURE_BYTES // bytes_per_image(net, image_size), num_classes * 20), "train")
         x_train, y_train = collect_features(net, batches(kept), precision=precision)
         x_test, y_test = collect_features(net, batches(data.test), precision=precision)
         assert y_train is not None and y_test is not None
@@ -324,7 +311,8 @@ def _paper_probe(
     return {key: replace(scores[_text(key)], settings={**scores[_text(key)].settings, **made}) for key in x_test}
 
 
-def _bytes_per_image(net: LocalNetwork, image_size: int) -> int:
+def bytes_per_image(net: LocalNetwork, image_size: int) -> int:
+    """Return what the features of one image take in memory, of all stages and readouts."""
     features = batch_features(net, torch.zeros(1, 3, image_size, image_size, device=net.device))
     return sum(4 * x.shape[1] for x in features.values())
 

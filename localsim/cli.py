@@ -41,6 +41,14 @@ examples:
   localsim probe runs/first --protocol paper           SGD, 100 epochs, crops and flips (Siddiqui et al. 2023)
 """
 
+COMPARE_EXAMPLES = """\
+examples:
+  localsim compare runs/first runs/second              debiased CKA of what ends the backbone's own stages
+  localsim compare runs/* --measure cka_debiased,rsa   by two measures; runs that differ in seed alone are one regime
+  localsim compare runs/first --over-training          of a run with --set snapshot_every=1: each snapshot
+  localsim compare runs/* --layers units --images 500  every unit block, on 500 test images
+"""
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -147,6 +155,36 @@ def make_parser() -> argparse.ArgumentParser:
     probe.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N (default: the run's)")
     _debug(probe)
 
+    compare = _command(commands, "compare", "similarity of layers within and between runs, as tables and plots",
+                       COMPARE_EXAMPLES, _compare)  # fmt: skip
+    compare.add_argument("runs", metavar="RUN", nargs="+", help="run folders, or torchvision:NAME, timm:NAME")
+    what = compare.add_argument_group("what is compared, and how")
+    what.add_argument("--measure", metavar="NAME", default="cka_debiased",
+                      help="cka_debiased (default), cka, cka_rbf, rsa, procrustes, angular, svcca, predictivity, "
+                           "mutual_knn, ...; or several: cka,rsa. An unknown name lists all")  # fmt: skip
+    what.add_argument("--layers", metavar="WHICH", default="ends",
+                      help="ends (default: what ends the backbone's own stages), stages, units, readouts, or modules "
+                           "by name: layer2,layer3.0.conv1")  # fmt: skip
+    what.add_argument("--spatial", metavar="HOW", help="maps become vectors by their mean (default), 2x2 (any k x k), "
+                      "flatten, or project1000 (any number)")  # fmt: skip
+    what.add_argument("--images", metavar="N", type=int, default=1000, help="test images (default 1000)")
+    what.add_argument("--controls", metavar="NAMES", default="untrained",
+                      help="untrained (default), calibrated, both with a comma, or none")  # fmt: skip
+    what.add_argument("--over-training", action="store_true", help="every snapshot of the runs too")
+    what.add_argument("--resamples", metavar="N", type=int, default=200,
+                      help="draws of images for the 95 %% intervals (default 200, 0: none)")  # fmt: skip
+    what.add_argument("--permutations", metavar="N", type=int, default=100,
+                      help="mismatched orders of the images for the chance level (default 100, 0: none)")  # fmt: skip
+    what.add_argument("--seed", metavar="N", type=int, default=0, help="of the draws (default 0)")
+    where = compare.add_argument_group("where")
+    where.add_argument("--rule", metavar="FILE", help="the file of a rule of your own, for runs made with it; executed")
+    where.add_argument("--data", metavar="DIR", help="where the runs' folder of images lies now")
+    where.add_argument("--data-root", metavar="DIR", help="where the runs' named data set lies now")
+    where.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N (default: the runs')")
+    where.add_argument("--cache", metavar="DIR", help="keep features there, by their content, for another time")
+    where.add_argument("--out", metavar="DIR", help="folder for tables and figures (default: comparisons/NAMES)")
+    _debug(where)
+
     rules = _command(commands, "rules", "the rules, their papers and credit matrices", "", _rules)
     rules.add_argument("name", metavar="NAME", nargs="?", help="only this rule")
     rules.add_argument("--stages", metavar="K", type=int, default=4, help="draw the matrices for so many stages")
@@ -206,8 +244,6 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _probe(arguments: argparse.Namespace) -> int:
-    import dataclasses
-
     from localsim.analysis.stage_probe import probe
     from localsim.runs import load_run, writing
 
@@ -216,17 +252,23 @@ def _probe(arguments: argparse.Namespace) -> int:
 
         get_rule(arguments.rule)
     moved = {name: getattr(arguments, name) for name in ("data", "data_root", "device")}
-    moved = {name: value for name, value in moved.items() if value is not None}
     options = {name: getattr(arguments, name) for name in ("protocol", "images", "seed", "epochs", "report")}
     options = {name: value for name, value in options.items() if value is not None}
     # with options of its own a probe has a file of its own, and never replaces the run's
     name = "-".join(["probe", *(f"{option}={value}" for option, value in options.items())])
     for path in arguments.runs:
-        run = load_run(path)
-        run = dataclasses.replace(run, config=dataclasses.replace(run.config, **moved))
+        run = load_run(path).moved(**moved)
         with writing(run.path):
             table = probe(run, **options, name=name)
         print(f"{run.path / name}.json\n{table}\n")
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from localsim.analysis.comparing import compare_runs
+
+    given = {name: value for name, value in vars(arguments).items() if name not in ("command", "debug")}
+    compare_runs(**given)
     return 0
 
 

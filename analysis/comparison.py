@@ -1,0 +1,260 @@
+"""Similarity within and between regimes: every layer of every network against every other, with intervals."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from localsim.analysis.profiles import ProfilePoint, profile_of
+from localsim.analysis.regimes import Layer, common_images, open_subjects
+from localsim.analysis.similarity import get_measure
+from localsim.analysis.similarity.measure import Measure, Numerics, check_shape
+from localsim.analysis.similarity.scoring import Score, score_pairs
+from localsim.errors import UserError, one_of
+from localsim.files import write_json, write_text
+
+
+@dataclass(frozen=True)
+class ComparisonRow:
+    """How alike two layers are, as one line of a table: fields of `Layer`, twice, and of `Score`."""
+
+    measure: str
+    regime_a: str
+    seed_a: int | None
+    step_a: int | None
+    layer_a: str
+    depth_a: float
+    regime_b: str
+    seed_b: int | None
+    step_b: int | None
+    layer_b: str
+    depth_b: float
+    value: float
+    low: float | None
+    high: float | None
+    n: int
+    chance: float | None
+    p: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """Scores of pairs of layers by one measure; prints itself as profiles over depth.
+
+    Attributes:
+        measure: what they are scores of.
+        layers: of one network after another, lowest first.
+        scores: by pair of layers. The first is the predictor where the measure is not symmetric; of a symmetric one
+            each pair is there in one order.
+        record: how it was made, as JSON holds it.
+    """
+
+    measure: Measure
+    layers: tuple[Layer, ...]
+    scores: Mapping[tuple[Layer, Layer], Score]
+    record: Mapping[str, Any]
+
+    @cached_property
+    def finished(self) -> tuple[Layer, ...]:
+        """The layers of networks as they ended, without the steps of their training."""
+        return tuple(layer for layer in self.layers if layer.step is None)
+
+    @cached_property
+    def regimes(self) -> list[str]:
+        """The regimes, in order."""
+        return list(dict.fromkeys(layer.regime for layer in self.layers))
+
+    def score(self, a: Layer, b: Layer) -> Score | None:
+        """Return the score of two layers, or None where they were not compared."""
+        found = self.scores.get((a, b))
+        return self.scores.get((b, a)) if found is None and self.measure.symmetric else found
+
+    def matrix(self) -> np.ndarray:
+        """Return the scores `(L, L)` of all layers that are `finished`; row predicts column if not symmetric."""
+        return np.array([[self.scores_of(a, b).value for b in self.finished] for a in self.finished])
+
+    def scores_of(self, a: Layer, b: Layer) -> Score:
+        """Return the score of two layers; UserError where they were not compared."""
+        found = self.score(a, b)
+        if found is None:
+            raise UserError(f"{a} and {b} were not compared")
+        return found
+
+    def distances(self) -> np.ndarray:
+        """Return distances `(L, L)` between the layers that are `finished`, for a map of them.
+
+        A distance stays as it is; of a similarity s, a cosine or a share of agreement, it is the chord sqrt(2 - 2 s).
+        Of an asymmetric measure both directions are averaged.
+        """
+        matrix = (self.matrix() + self.matrix().T) / 2
+        if self.measure.kind == "similarity":
+            matrix = np.sqrt(np.clip(2 - 2 * matrix, 0, None))
+        np.fill_diagonal(matrix, 0)
+        return matrix
+
+    def profile(self, regime_a: str, regime_b: str, *, same_seed: bool = False) -> list[ProfilePoint]:
+        """Return how alike two regimes are at each depth, see `localsim.analysis.profiles.profile_of`."""
+        for regime in (regime_a, regime_b):
+            if regime not in self.regimes:
+                raise one_of("regime", regime, self.regimes)
+        first, second = (
+            [layer for layer in self.finished if layer.regime == regime] for regime in (regime_a, regime_b)
+        )
+        return profile_of(self.score, first, second, same_seed=same_seed, symmetric=self.measure.symmetric)
+
+    @property
+    def rows(self) -> list[ComparisonRow]:
+        """All scores as a tidy table."""
+        return [
+            ComparisonRow(
+                self.measure.name, a.regime, a.seed, a.step, a.name, a.depth, b.regime, b.seed, b.step, b.name, b.depth,
+                score.value, score.low, score.high, score.n, score.chance, score.p,
+            )
+            for (a, b), score in self.scores.items()
+        ]  # fmt: skip
+
+    def to_csv(self) -> str:
+        """Return the rows as comma-separated values, one header line."""
+        out = io.StringIO()
+        writer = csv.DictWriter(out, [field.name for field in fields(ComparisonRow)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in self.rows)
+        return out.getvalue()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record, what the measure declares, and the rows, as JSON holds them."""
+        names = ("name", "summary", "source", "kind", "low", "high", "symmetric", "metric", "bias")
+        declared = {name: getattr(self.measure, name) for name in names}
+        # JSON has no infinity
+        declared |= {end: str(declared[end]) for end in ("low", "high") if not np.isfinite(declared[end])}
+        declared["invariances"] = sorted(self.measure.invariances)
+        return {"measure": declared, "record": dict(self.record), "rows": [asdict(row) for row in self.rows]}
+
+    def save(self, folder: str | Path) -> Path:
+        """Write table and figures, PNG and SVG, to a folder of the measure's name inside `folder`, and return it.
+
+        Raises:
+            UserError: the folder exists already.
+        """
+        from localsim.analysis import plots
+
+        path = Path(folder) / self.measure.name
+        if path.exists():
+            raise UserError(f"{path} exists already; choose another folder, or move it away")
+        write_text(path / "comparison.csv", self.to_csv())
+        write_json(path / "comparison.json", self.to_json())
+        for name, figure in plots.comparison_figures(self).items():
+            for suffix in (".png", ".svg"):
+                plots.save(figure, path / f"{name}{suffix}")
+        return path
+
+    def __str__(self) -> str:
+        measure, n = self.measure, next(iter(self.scores.values())).n
+        end = "1 is alike" if measure.kind == "similarity" else "0 is alike"
+        lines = [f"{measure.name}: {measure.kind}, {measure.bias}; {end}; n = {n} images, 95 % intervals"]
+        for place, a in enumerate(self.regimes):
+            for b in self.regimes[place if measure.symmetric else 0 :]:
+                for same_seed in (False, True):
+                    if points := self.profile(a, b, same_seed=same_seed):
+                        lines += ["", _title(a, b, measure, points[0]), *(f"  {point}" for point in points)]
+        return "\n".join(lines)
+
+
+def compare(
+    *subjects: Any,
+    images: Any = None,
+    measure: str | Measure = "cka_debiased",
+    layers: str | Mapping[str, Any] = "ends",
+    controls: Sequence[str] = ("untrained",),
+    over_training: bool = False,
+    resamples: int = 200,
+    permutations: int = 100,
+    seed: int = 0,
+    dtype: str | None = None,
+    **settings: Any,
+) -> Comparison:
+    """Return how alike the layers of several networks are, within each and between them.
+
+    Args:
+        subjects: runs or their folders, networks or names as `features` takes them, `Features`, or mappings of layer
+            names to arrays `(n, p)`.
+        images: see `features`; by default the runs' own test images, a number: so many of them, balanced over classes.
+        measure: a name in `localsim.analysis.similarity.MEASURES`, or a `Measure`.
+        layers: `ends` (what ends the backbone's own stages, the same places in all runs of a backbone), `stages`,
+            `units`, `readouts`, or the arguments of `features` that choose layers, e.g. `{"modules": ["layer3"]}`.
+        controls: of `untrained` and `calibrated`, added once for each architecture and seed among the runs.
+        over_training: also compare every snapshot of each run: with the run's own end, with its beginning, and with
+            the other regimes at the same step and seed.
+        resamples: draws for the 95 % intervals over images, 0 for none.
+        permutations: mismatched orders of the images for the chance level, 0 for none.
+        seed: of both.
+        dtype: `float32` or `float64`, see `Measure`.
+        settings: further arguments of `features`: `spatial`, `batch_size`, `device`, `precision`, `cache`.
+
+    Raises:
+        UserError: fewer than two layers, networks that saw different numbers of images, or as `features` and `Measure`
+            say.
+    """
+    chosen = get_measure(measure) if isinstance(measure, str) else measure
+    opened = open_subjects(subjects, controls=controls, over_training=over_training)
+    if (images is None or isinstance(images, int)) and any(one.open is not None for one in opened):
+        images = common_images([one.run for one in opened if one.run is not None], images)
+    represented: dict[Layer, Any] = {}
+    sizes: dict[str, int] = {}
+    for subject in opened:
+        for layer, values in subject.layers(images, layers, **settings).items():
+            check_shape(values, repeats=chosen.repeats)
+            sizes[layer.regime] = values.shape[-2]
+            represented[layer] = chosen.represent(values, Numerics.of(values, settings.get("device"), dtype))
+    if len(set(sizes.values())) > 1:
+        counts = ", ".join(f"{regime} {n}" for regime, n in sizes.items())
+        raise UserError(f"the networks saw different numbers of images: {counts}; a comparison needs the same images")
+    everything = tuple(represented)
+    if len(everything) < 2:
+        raise UserError(f"a comparison needs two layers or more, not {len(everything)}")
+    n = next(iter(sizes.values()))
+    pairs = _pairs(everything, chosen)
+    scores = score_pairs(chosen, represented, pairs, n, resamples, permutations, seed)
+    record = {
+        "n": n,
+        "layers": layers if isinstance(layers, str) else dict(layers),
+        "controls": list(controls),
+        "resamples": resamples,
+        "permutations": permutations,
+        "seed": seed,
+        "dtype": dtype or "float32",
+        **{name: str(value) for name, value in settings.items()},
+    }
+    return Comparison(chosen, everything, scores, record)
+
+
+def _pairs(layers: Sequence[Layer], measure: Measure) -> list[tuple[Layer, Layer]]:
+    """Return which layers to compare: all that are finished with all; those of a step with what the plots need."""
+    pairs = []
+    for place, a in enumerate(layers):
+        for b in layers[place if measure.symmetric else 0 :]:
+            both_finished = a.step is None and b.step is None
+            if both_finished or (a.name == b.name and a.seed == b.seed and _over_training(a, b)):
+                pairs.append((a, b))
+    return pairs
+
+
+def _over_training(a: Layer, b: Layer) -> bool:
+    if a.regime == b.regime:
+        return a.step in (0, None) or b.step in (0, None)
+    return a.step == b.step
+
+
+def _title(a: str, b: str, measure: Measure, point: ProfilePoint) -> str:
+    of = {True: " of the same seed", False: " of different seeds", None: ""}[point.same_seed]
+    number = f"{point.seed_pairs} pair{'s' * (point.seed_pairs > 1)} of runs{of}"
+    if a == b:
+        return f"{a} {'against' if measure.symmetric else 'from'} itself, {number}: as different as seeds are"
+    return f"{a} against {b}, {number}" if measure.symmetric else f"{b} predicted from {a}, {number}"

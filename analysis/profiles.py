@@ -1,0 +1,131 @@
+"""Similarity of two regimes against depth, on average over their seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from localsim.analysis.regimes import Layer
+from localsim.analysis.similarity.scoring import Score
+from localsim.analysis.statistics import centred_interval
+from localsim.rng import key
+
+CORRESPOND = 0.1
+"""Layers of two networks correspond where their depths differ by no more than this share of the trunk."""
+
+
+@dataclass(frozen=True)
+class ProfilePoint:
+    """How alike two regimes are at one depth.
+
+    Attributes:
+        layer: name of the layer, in the first regime where the two differ.
+        depth: the share of the trunk that lies in and below it.
+        value: mean over pairs of runs.
+        low, high: its 95 % interval over images and, where a regime has several, over seeds; None without resamples.
+        n: images.
+        seed_pairs: how many pairs of runs the mean is over.
+        same_seed: whether the runs of a pair share a seed, thus their initialisation and order of images; None where
+            networks have no seed.
+    """
+
+    layer: str
+    depth: float
+    value: float
+    low: float | None
+    high: float | None
+    n: int
+    seed_pairs: int
+    same_seed: bool | None
+
+    def __str__(self) -> str:
+        interval = "" if self.low is None else f" [{self.low:.3f}, {self.high:.3f}]"
+        return f"{self.layer:<12} {self.value:.3f}{interval}"
+
+
+def profile_of(
+    score: Callable[[Layer, Layer], Score | None],
+    first: Sequence[Layer],
+    second: Sequence[Layer],
+    *,
+    same_seed: bool = False,
+    symmetric: bool = True,
+) -> list[ProfilePoint]:
+    """Return how alike corresponding layers of two regimes are, lowest first.
+
+    Runs of one seed start from the same weights and see the same images in the same order, so what they share need not
+    come from their rules. Pairs of different seeds are therefore kept apart from pairs of the same seed: only they can
+    be held against the floor, two seeds of one regime.
+
+    Args:
+        score: of two layers.
+        first, second: layers of all runs of the two regimes; the same list for a regime and itself.
+        same_seed: which pairs of runs; networks without seeds count as of different ones.
+        symmetric: whether both orders of a pair have one score.
+
+    Returns:
+        A point for each layer name of the first regime that has a counterpart in the second; none where there are no
+        such pairs of runs.
+    """
+    points = []
+    among_themselves = list(first) == list(second)
+    for name in dict.fromkeys(layer.name for layer in first):
+        pairs: dict[tuple[Layer, Layer], Score] = {}
+        for a in first:
+            if a.name != name:
+                continue
+            for b in _counterparts(a, second):
+                if among_themselves and (a.seed == b.seed or (symmetric and (b, a) in pairs)):
+                    continue
+                related = a.seed == b.seed and a.seed is not None
+                if related == same_seed and (found := score(a, b)) is not None:
+                    pairs[a, b] = found
+        if pairs:
+            points.append(_point(pairs, same_seed))
+    return points
+
+
+def _counterparts(layer: Layer, others: Sequence[Layer]) -> list[Layer]:
+    """Return the layer of each run that lies nearest in depth, where it is near enough."""
+    nearest: dict[int | None, Layer] = {}
+    for other in others:
+        best = nearest.get(other.seed)
+        if best is None or abs(other.depth - layer.depth) < abs(best.depth - layer.depth):
+            nearest[other.seed] = other
+    return [other for other in nearest.values() if abs(other.depth - layer.depth) <= CORRESPOND]
+
+
+def _point(pairs: dict[tuple[Layer, Layer], Score], same_seed: bool) -> ProfilePoint:
+    (a, _), *_ = pairs
+    scores = list(pairs.values())
+    value = float(np.mean([score.value for score in scores]))
+    draws = np.stack([score.draws for score in scores])  # pairs x resamples
+    low, high = (None, None) if not draws.size else centred_interval(value, _over_seeds(list(pairs), draws, same_seed))
+    unseeded = any(layer.seed is None for pair in pairs for layer in pair)
+    return ProfilePoint(a.name, a.depth, value, low, high, scores[0].n, len(pairs), None if unseeded else same_seed)
+
+
+def _over_seeds(pairs: Sequence[tuple[Layer, Layer]], draws: np.ndarray, same_seed: bool) -> np.ndarray:
+    """Return the mean score of every resample `(resamples,)`: of its images, and of runs drawn with replacement.
+
+    Two runs of a seed are drawn together where pairs are of the same seed, else runs are drawn within each regime.
+    """
+    ends = [[("" if same_seed else layer.regime, str(layer.seed)) for layer in pair] for pair in pairs]
+    runs = sorted({run for both in ends for run in both})
+    place = np.array([[runs.index(run) for run in both] for both in ends])
+    groups = [
+        [index for index, run in enumerate(runs) if run[0] == group] for group in sorted({run[0] for run in runs})
+    ]
+    means = []
+    for number in range(draws.shape[1]):
+        random = np.random.default_rng(key(0, "seeds", number))
+        weights = np.zeros(len(pairs))
+        while not weights.any():  # of one regime's two seeds, one may be drawn twice: no pair
+            counts = np.zeros(len(runs))
+            for members in groups:
+                counts[members] = np.bincount(random.integers(len(members), size=len(members)), minlength=len(members))
+            weights = counts[place[:, 0]] * (1 if same_seed else counts[place[:, 1]])
+        means.append(np.average(draws[:, number], weights=weights))
+    return np.array(means)

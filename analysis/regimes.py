@@ -1,0 +1,232 @@
+"""Networks as points of comparison: which regime each belongs to, which of its layers correspond, and its controls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from localsim.analysis.controls import CONTROLS, calibrated_control
+from localsim.analysis.extraction import features
+from localsim.analysis.feature_store import Features
+from localsim.analysis.sources import Source
+from localsim.assembly import build_trunk
+from localsim.config import FREE, Config
+from localsim.data import ImageSet, class_balanced
+from localsim.errors import UserError, one_of
+from localsim.network import LocalNetwork
+from localsim.opening import open_data
+from localsim.runs import Run, load_run
+
+LAYERS = ("ends", "stages", "units", "readouts")
+"""Which layers: those that end the backbone's own stages, or all stages, unit blocks or readouts."""
+_ARCHITECTURE = ("backbone", "backbone_width", "stem", "zero_init_residual", "patches", "image_size", "data")
+_WITHIN = ("seed", "preset", *FREE)  # what runs of one regime may differ in
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of a network, as a point of comparison.
+
+    Attributes:
+        regime: what trained the network: its rule and what sets it apart; equal for all seeds.
+        seed: of the run; None where there is none.
+        step: of training, 0 for an untrained network; None for the end of a run, and where there is none.
+        name: of the layer.
+        depth: share of the trunk that lies in and below it, in unit blocks, above 0 to 1.
+    """
+
+    regime: str
+    seed: int | None
+    step: int | None
+    name: str
+    depth: float
+
+    def __str__(self) -> str:
+        seed = "" if self.seed is None else f" seed {self.seed}"
+        step = "" if self.step is None else f" step {self.step}"
+        return f"{self.regime}{seed}{step} {self.name}"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network, or arrays of one, of which layers are to be compared.
+
+    Attributes:
+        regime, seed, step: see `Layer`.
+        open: returns the network.
+        features: its features, where these are given in its place.
+        run: the run it comes from.
+    """
+
+    regime: str
+    seed: int | None
+    step: int | None
+    open: Callable[[], Source] | None = None
+    features: Features | None = None
+    run: Run | None = None
+
+    def layers(self, images: Any, choice: str | Mapping[str, Any], **settings: Any) -> dict[Layer, np.ndarray]:
+        """Return the features of its layers, lowest first.
+
+        Args:
+            images: see `localsim.analysis.features`.
+            choice: of layers, see `compare`; features that are given are all taken.
+            settings: its other arguments.
+        """
+        found = self.features
+        if self.open is not None:
+            source = self.open()
+            found = features(source, images, **_choice(self.run, choice), **settings)
+            depths = _depths(source, found.names)
+        else:
+            assert found is not None
+            depths = {name: (place + 1) / len(found) for place, name in enumerate(found)}
+        return {Layer(self.regime, self.seed, self.step, name, depths[name]): found[name] for name in found}
+
+
+def open_subjects(
+    given: Sequence[Any], *, controls: Sequence[str] = ("untrained",), over_training: bool = False
+) -> list[Subject]:
+    """Return the networks to compare, controls first.
+
+    Args:
+        given: runs or their folders, networks as `features` takes them, `Features`, or mappings of layers to arrays.
+        controls: of `CONTROLS`, those to add for the runs: one for each architecture, seed and data set.
+        over_training: add the untrained network and every snapshot of each run as steps of its training.
+
+    Raises:
+        UserError: an unknown control, or a run asked for over training that has no snapshots.
+    """
+    for control in controls:
+        if control not in CONTROLS:
+            raise one_of("control", control, CONTROLS)
+    opened = [load_run(one) if isinstance(one, str | Path) and Path(one).is_dir() else one for one in given]
+    runs = [one for one in opened if isinstance(one, Run)]
+    names = dict(zip(map(id, runs), regime_names([run.config for run in runs]), strict=True))
+    subjects: list[Subject] = []
+    for number, one in enumerate(opened, start=1):
+        if isinstance(one, Run):
+            subjects += _of_run(one, names[id(one)], over_training)
+        elif isinstance(one, Mapping):
+            made = one if isinstance(one, Features) else Features.of_arrays(one, name=f"arrays {number}")
+            subjects.append(Subject(str(made.record["source"]), None, None, features=made))
+        else:
+            source = Source.of(one)
+            subjects.append(Subject(source.name, None, None, lambda source=source: source))
+    present = {_architecture(run.config) for run in runs if not _learns(run)}
+    several = len({_architecture(run.config)[:-1] for run in runs}) > 1
+    added: dict[Any, Subject] = {}
+    for run in runs:
+        for control in controls:
+            place = (control, _architecture(run.config))
+            if place in added or (control == "untrained" and place[1] in present):
+                continue
+            name = f"{control} {run.config.backbone}" if several else control
+            added[place] = Subject(name, run.config.seed, None, _control(run, control), run=run)
+    return [*added.values(), *subjects]
+
+
+def regime_names(configs: Sequence[Config]) -> list[str]:
+    """Return a name for each run: its rule, and where regimes share a rule what sets them apart; seeds share a name."""
+    plain = [{name: value for name, value in config.to_json().items() if name not in _WITHIN} for config in configs]
+    names = []
+    for config, own in zip(configs, plain, strict=True):
+        rivals = [other for other in plain if other["rule"] == own["rule"] and other != own]
+        apart = [name for name in own if any(other[name] != own[name] for other in rivals)]
+        names.append(" ".join([config.rule, *(f"{name}={own[name]}" for name in apart)]))
+    return names
+
+
+def common_images(runs: Sequence[Run], number: int | None) -> ImageSet:
+    """Return the runs' test images, `number` of them balanced over classes.
+
+    Raises:
+        UserError: there is no run, the runs have other images each, or none for testing.
+    """
+    if not runs:
+        raise UserError("networks without a run have no images of their own; give images")
+    seen = {(run.config.data, run.config.test_images) for run in runs}
+    if len(names := sorted({data for data, _ in seen})) > 1:
+        raise UserError(f"the runs were trained on {', '.join(names)}; give the images to compare them on")
+    test = open_data(max(runs, key=lambda run: run.config.image_size).config).test
+    if test is None:
+        raise UserError(f"data set {runs[0].config.data!r} has no test images; give images")
+    return test if number is None else class_balanced(test, number, "test")
+
+
+def _of_run(run: Run, regime: str, over_training: bool) -> list[Subject]:
+    seed = run.config.seed
+    final = Subject(regime, seed, None, _source(run, "trained"), run=run)
+    if not over_training or not _learns(run):
+        return [final]
+    if not run.snapshots:
+        raise UserError(f"{run.path} has no snapshots to compare over training; train with --set snapshot_every=1")
+    steps = [Subject(regime, seed, step, _source(run, step or "untrained"), run=run) for step in (0, *run.snapshots)]
+    return [*steps, final]
+
+
+def _source(run: Run, which: str | int) -> Callable[[], Source]:
+    return lambda: Source.of(run, which=which)
+
+
+def _control(run: Run, control: str) -> Callable[[], Source]:
+    def opened() -> Source:
+        source = Source.of(run, which="untrained")
+        if control == "untrained":
+            return source
+        assert isinstance(source.network, LocalNetwork)
+        network = calibrated_control(source.network, run.config, open_data(run.config))
+        if network is None:
+            raise UserError(f"{run.path} has no batch norm to calibrate; compare without the control calibrated")
+        return replace(source, network=network)
+
+    return opened
+
+
+def _learns(run: Run) -> bool:
+    return run.step > 0
+
+
+def _architecture(config: Config) -> tuple[Any, ...]:
+    return tuple(getattr(config, name) for name in (*_ARCHITECTURE, "seed"))
+
+
+def _choice(run: Run | None, choice: str | Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a choice of layers in the words of `features`."""
+    if not isinstance(choice, str):
+        return choice
+    if choice not in LAYERS:
+        raise one_of("choice of layers", choice, LAYERS)
+    if choice != "ends":
+        return {choice: "all"}
+    if run is None:
+        return {}  # what `features` takes where nothing is chosen are the ends of a network's own stages
+    backbone, _ = build_trunk(run.config)
+    last = [cut - 1 for cut in (*backbone.natural_cuts[1:], len(backbone.units))]
+    return {"units": [backbone.units[unit].name for unit in last]}
+
+
+def _depths(source: Source, names: Sequence[str]) -> dict[str, float]:
+    """Return how far up the trunk each layer lies; for networks without unit blocks, its place among the layers."""
+    places = {name: place + 1 for place, name in enumerate(source.points.units)}
+    net = source.network
+    if isinstance(net, LocalNetwork):
+        ends = np.cumsum(net.units_per_stage)
+        for stage, end in enumerate(ends):
+            places |= {f"stage{stage + 1}": int(end), f"readout{stage + 1}": int(end)}
+    inside = {name: _deepest(name, places) for name in names}
+    if places and all(inside.values()):
+        return {name: inside[name] / len(source.points.units) for name in names}
+    return {name: (place + 1) / len(names) for place, name in enumerate(names)}
+
+
+def _deepest(name: str, places: Mapping[str, int]) -> int:
+    """Return the place of the unit block that a module is, is part of, or ends with; 0 if there is none."""
+    if name in places:
+        return places[name]
+    related = [place for unit, place in places.items() if name.startswith(f"{unit}.") or unit.startswith(f"{name}.")]
+    return max(related, default=0)
