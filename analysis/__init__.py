@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from localsim.analysis.detection import detection_model as detection_model
     from localsim.analysis.extraction import features as features
     from localsim.analysis.feature_store import Features as Features
+    from localsim.analysis.run_geometry import stage_geometry as stage_geometry
     from localsim.analysis.similarity import MEASURES as MEASURES
     from localsim.analysis.similarity import cca as cca
     from localsim.analysis.similarity import cka as cka
@@ -46,6 +47,7 @@ _WHERE = {
         "MEASURES", "cca", "cka", "get_measure", "mutual_knn", "predictivity", "procrustes", "pwcca", "rsa", "svcca",
     ),
     "sources": ("Source",),
+    "run_geometry": ("stage_geometry",),
     "stage_probe": ("probe",),
     "updates": ("alignment_over_training", "gradient_alignment"),
 }  # fmt: skip

@@ -160,7 +160,7 @@ def make_parser() -> argparse.ArgumentParser:
     compare.add_argument("runs", metavar="RUN", nargs="+", help="run folders, or torchvision:NAME, timm:NAME")
     what = compare.add_argument_group("what is compared, and how")
     what.add_argument("--measure", metavar="NAME", default="cka_debiased",
-                      help="cka_debiased (default), cka, cka_rbf, rsa, procrustes, angular, svcca, predictivity, "
+                      help="cka_debiased (default), cka, cka_rbf, rsa, procrustes, svcca, predictivity, "
                            "mutual_knn, ...; or several: cka,rsa. An unknown name lists all")  # fmt: skip
     what.add_argument("--layers", metavar="WHICH", default="ends",
                       help="ends (default: what ends the backbone's own stages), stages, units, readouts, or modules "

@@ -196,3 +196,13 @@ def test_no_code_outside_rules_asks_which_rule_it_is():
 )
 def test_the_search_for_names_finds_what_it_should(code, caught):
     assert bool(compares_a_rules_name(ast.parse(code))) == caught
+
+
+def test_no_name_that_analysis_exports_is_that_of_a_module():
+    """Importing a module of a package sets its attribute there: a function of the same name would be lost."""
+    from localsim import analysis
+
+    modules = {path.stem for path in (ROOT / "analysis").glob("*.py")} | {"similarity", "scripts"}
+    assert modules & set(analysis.__all__) == set(analysis._MODULES)
+    for name in analysis.__all__:
+        assert getattr(analysis, name) is getattr(analysis, name), name

@@ -1,0 +1,81 @@
+"""Compares the networks of docs/rules_on_cifar.py and draws the figures of docs/results.md.
+
+`python docs/analysis_on_cifar.py OUT --data-root DIR --to FOLDER` reads the runs that
+`python docs/rules_on_cifar.py OUT --data-root DIR --rules RULES` has made, with `--seed 1` a second time, and writes
+figures and tables to FOLDER: similarity of all stages, their geometry, and the alignment of updates with
+backpropagation. `--only` chooses among the three.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from localsim.analysis import alignment_over_training, compare, plots, stage_geometry
+from localsim.analysis.updates import AlignmentTable
+from localsim.files import write_text
+from localsim.runs import Run, load_run
+
+RULES = ("untrained", "end_to_end", "blockwise", "loco", "layerwise", "greedy_infomax")
+PARTS = ("similarity", "geometry", "updates")
+
+
+def similarity(runs: list[Run], images: int, to: Path, cache: Path) -> None:
+    for measure in ("cka_debiased", "rsa"):
+        comparison = compare(*runs, images=images, measure=measure, over_training=measure != "rsa", cache=cache)
+        kept = comparison.save(to)
+        write_text(kept / "profiles.txt", f"{comparison}\n")
+        print(comparison)
+
+
+def all_geometry(runs: list[Run], images: int, to: Path, cache: Path) -> None:
+    described, lines = {}, ["rule,stage,quantity,value,low,high,n"]
+    for run in (run for run in runs if run.config.seed == 0):
+        rule = run.config.rule
+        found = stage_geometry(run, images=images, cache=cache)
+        described[rule] = [(name.removeprefix("stage"), rows) for name, rows in found.items()]
+        lines += [
+            f"{rule},{stage},{row.quantity},{row.value},{row.low},{row.high},{row.n}"
+            for stage, rows in described[rule]
+            for row in rows
+        ]
+    write_text(to / "geometry.csv", "\n".join(lines) + "\n")
+    save(plots.geometry_by_stage(described), to / "geometry")
+
+
+def updates(runs: list[Run], to: Path) -> None:
+    tables: dict[str, AlignmentTable] = {}
+    for run in runs:
+        if run.config.seed == 0 and run.step and run.config.rule != "end_to_end":  # which is the reference itself
+            tables[run.config.rule] = alignment_over_training(run)
+            write_text(to / f"updates-{run.config.rule}.csv", tables[run.config.rule].to_csv())
+            print(f"{tables[run.config.rule]}\n")
+    save(plots.update_alignment(tables), to / "updates")
+
+
+def save(figure, path: Path) -> None:
+    for suffix in (".png", ".svg"):
+        plots.save(figure, path.with_suffix(suffix))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path, help="folder of the runs")
+    parser.add_argument("--data-root")
+    parser.add_argument("--to", type=Path, required=True, help="folder for figures and tables")
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--only", default=",".join(PARTS), help=", ".join(PARTS))
+    chosen = parser.parse_args()
+    paths = [chosen.out / f"{rule}{suffix}" for rule in RULES for suffix in ("", "-s1")]
+    runs = [load_run(path).moved(data_root=chosen.data_root) for path in paths if path.exists()]
+    parts = chosen.only.split(",")
+    if "similarity" in parts:
+        similarity(runs, chosen.images, chosen.to, chosen.to / "cache")
+    if "geometry" in parts:
+        all_geometry(runs, chosen.images, chosen.to, chosen.to / "cache")
+    if "updates" in parts:
+        updates(runs, chosen.to)
+
+
+if __name__ == "__main__":
+    main()
