@@ -49,7 +49,7 @@ def compare_runs(
     Raises:
         UserError: something asked for cannot be done; the folder of a measure is there already.
     """
-    measures = [get_measure(name) for name in measure.split(",")]
+    measures = [get_measure(name) for name in dict.fromkeys(measure.split(","))]
     folder = Path(out) if out is not None else _default_folder(runs)
     for one in measures:
         if (folder / one.name).exists():
@@ -80,6 +80,7 @@ def compare_runs(
                 permutations=permutations,
                 seed=seed,
                 cache=cache or temporary,
+                progress=True,
                 **settings,
             )
             kept = comparison.save(folder)

@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from localsim.analysis.profiles import ProfilePoint, profile_of
-from localsim.analysis.regimes import Layer, common_images, open_subjects
+from localsim.analysis.regimes import Layer, Subject, common_images, open_subjects
 from localsim.analysis.similarity import get_measure
 from localsim.analysis.similarity.measure import Measure, Numerics, check_shape
 from localsim.analysis.similarity.scoring import Score, score_pairs
+from localsim.analysis.statistics import check_resamples
 from localsim.errors import UserError, one_of
 from localsim.files import write_json, write_text
+from localsim.opening import open_device
 
 
 @dataclass(frozen=True)
@@ -157,8 +160,9 @@ class Comparison:
 
     def __str__(self) -> str:
         measure, n = self.measure, next(iter(self.scores.values())).n
+        intervals = ", 95 % intervals" if self.record["resamples"] else ""
         end = "1 is alike" if measure.kind == "similarity" else "0 is alike"
-        lines = [f"{measure.name}: {measure.kind}, {measure.bias}; {end}; n = {n} images, 95 % intervals"]
+        lines = [f"{measure.name}: {measure.kind}, {measure.bias}; {end}; n = {n} images{intervals}"]
         for place, a in enumerate(self.regimes):
             for b in self.regimes[place if measure.symmetric else 0 :]:
                 for same_seed in (False, True):
@@ -178,6 +182,7 @@ def compare(
     permutations: int = 100,
     seed: int = 0,
     dtype: str | None = None,
+    progress: bool = False,
     **settings: Any,
 ) -> Comparison:
     """Return how alike the layers of several networks are, within each and between them.
@@ -195,7 +200,8 @@ def compare(
         resamples: draws for the 95 % intervals over images, 0 for none.
         permutations: mismatched orders of the images for the chance level, 0 for none.
         seed: of both.
-        dtype: `float32` or `float64`, see `Measure`.
+        dtype: `float32` or `float64`; by default float64 where all that is compared is arrays in it, else float32.
+        progress: show a bar on a terminal for the networks, and one for the resamples.
         settings: further arguments of `features`: `spatial`, `batch_size`, `device`, `precision`, `cache`.
 
     Raises:
@@ -206,13 +212,15 @@ def compare(
     opened = open_subjects(subjects, controls=controls, over_training=over_training)
     if (images is None or isinstance(images, int)) and any(one.open is not None for one in opened):
         images = common_images([one.run for one in opened if one.run is not None], images)
+    numerics = _numerics(opened, settings.get("device"), dtype)
     represented: dict[Layer, Any] = {}
     sizes: dict[str, int] = {}
-    for subject in opened:
+    for subject in tqdm(opened, desc="networks", disable=None if progress else True):
         for layer, values in subject.layers(images, layers, **settings).items():
             check_shape(values, repeats=chosen.repeats)
+            check_resamples(values.shape[-2], resamples)
             sizes[layer.regime] = values.shape[-2]
-            represented[layer] = chosen.represent(values, Numerics.of(values, settings.get("device"), dtype))
+            represented[layer] = chosen.represent(values, numerics)
     if len(set(sizes.values())) > 1:
         counts = ", ".join(f"{regime} {n}" for regime, n in sizes.items())
         raise UserError(f"the networks saw different numbers of images: {counts}; a comparison needs the same images")
@@ -221,7 +229,7 @@ def compare(
         raise UserError(f"a comparison needs two layers or more, not {len(everything)}")
     n = next(iter(sizes.values()))
     pairs = _pairs(everything, chosen)
-    scores = score_pairs(chosen, represented, pairs, n, resamples, permutations, seed)
+    scores = score_pairs(chosen, represented, pairs, n, resamples, permutations, seed, progress=progress)
     record = {
         "n": n,
         "layers": layers if isinstance(layers, str) else dict(layers),
@@ -229,10 +237,20 @@ def compare(
         "resamples": resamples,
         "permutations": permutations,
         "seed": seed,
-        "dtype": dtype or "float32",
-        **{name: str(value) for name, value in settings.items()},
+        "dtype": str(numerics.dtype).removeprefix("torch."),
+        "unlearned": list(dict.fromkeys(one.regime for one in opened if not one.learned)),
+        "runs": list(dict.fromkeys(str(one.run.path) for one in opened if one.run is not None)),
+        **{name: str(value) for name, value in settings.items() if name != "cache"},
     }
     return Comparison(chosen, everything, scores, record)
+
+
+def _numerics(opened: Sequence[Subject], device: Any, dtype: str | None) -> Numerics:
+    """Return one precision for all layers, for they are multiplied with each other."""
+    given = [values for one in opened if one.features is not None for values in one.features.values()]
+    wide = all(one.open is None for one in opened) and all(values.dtype == np.float64 for values in given)
+    place = "cpu" if device is None else open_device(str(device))
+    return Numerics.of(np.empty(0), place, dtype or ("float64" if wide else "float32"))
 
 
 def _pairs(layers: Sequence[Layer], measure: Measure) -> list[tuple[Layer, Layer]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING
@@ -28,6 +29,11 @@ def comparison_figures(comparison: Comparison) -> dict[str, Figure]:
     figures = {"matrix": similarity_matrix(comparison)}
     if len(comparison.finished) > 2:
         figures["map"] = similarity_map(comparison)
+    learned = [regime for regime in comparison.regimes if regime not in comparison.record.get("unlearned", ())]
+    if len(comparison.regimes) > len(learned) > 1:
+        figures["map_of_learned"] = similarity_map(
+            comparison, learned
+        )  # controls are so far away that all else is near
     if any(comparison.profile(a, b) or comparison.profile(a, b, same_seed=True) for a, b in _pairs(comparison)):
         figures["profiles"] = similarity_profiles(comparison)
     if any(layer.step is not None for layer in comparison.layers):
@@ -74,7 +80,13 @@ def similarity_matrix(comparison: Comparison) -> Figure:
     symmetric = comparison.measure.symmetric
     axes.set_xlabel("layers, from low to high in each network" if symmetric else "predicted layer")
     axes.set_ylabel("" if symmetric else "predicting layer")
-    figure.colorbar(image, ax=axes, label=_unit(comparison), shrink=0.8, pad=0.02 if not named else 0.04)
+    figure.colorbar(
+        image,
+        ax=axes,
+        label=f"{_unit(comparison)}, n = {comparison.record['n']} images",
+        shrink=0.8,
+        pad=0.02 if not named else 0.04,
+    )
     return figure
 
 
@@ -97,9 +109,9 @@ def similarity_profiles(comparison: Comparison) -> Figure:
         if floor := comparison.profile(regime, regime):
             depth, low, high = ([getattr(point, name) for point in floor] for name in ("depth", "low", "high"))
             value = [point.value for point in floor]
+            (drawn["two seeds of it"],) = axes.plot(depth, value, color=FLOOR, linewidth=1.2, linestyle="--")
             if low[0] is not None:
                 drawn["two seeds of it"] = axes.fill_between(depth, low, high, color=FLOOR, alpha=0.3, linewidth=0)
-            axes.plot(depth, value, color=FLOOR, linewidth=1.2, linestyle="--")
         for number, other in enumerate(regimes):
             points = comparison.profile(regime, other, same_seed=not several) or comparison.profile(regime, other)
             if other == regime or not points:
@@ -109,27 +121,29 @@ def similarity_profiles(comparison: Comparison) -> Figure:
                 [point.depth + aside for point in points], [point.value for point in points], yerr=_bars(points),
                 color=colour[other], fmt=f"{_marker(comparison, other)}-", markersize=4, linewidth=1.4, elinewidth=1,
             )  # fmt: skip
-        axes.set_title(regime, fontsize=10)
+        axes.set_title(_wrapped(regime), fontsize=10)
         axes.set_xlim(0, 1.05)
     _scale(panels, comparison)
-    seeds = "different seeds" if several else "the same seed"
-    _share_labels(figure, panels, "depth (share of the unit blocks)", f"{_unit(comparison)},\nruns of {seeds}")
+    _share_labels(figure, panels, "depth (share of the unit blocks)", _unit(comparison))
+    pairs = f"\npairs of runs of {'different seeds' if several else 'the same seed'}"
     order = [*(regime for regime in regimes if regime in drawn), "two seeds of it"]
-    figure.legend([drawn[name] for name in order if name in drawn], [name for name in order if name in drawn],
-                  loc="outside right upper", title="likeness with")  # fmt: skip
+    shown = [name for name in order if name in drawn]
+    title = " ".join(_towards(comparison)) + pairs + _bars_are(comparison)
+    figure.legend([drawn[name] for name in shown], list(map(_wrapped, shown)), loc="outside right upper", title=title)
     return figure
 
 
 @styled
-def similarity_map(comparison: Comparison) -> Figure:
-    """Draw all layers of all networks as a map: the nearer, the more alike.
+def similarity_map(comparison: Comparison, regimes: Sequence[str] | None = None) -> Figure:
+    """Draw all layers of all networks, or of some regimes, as a map: the nearer, the more alike.
 
     Classical scaling (Torgerson 1952) of `Comparison.distances`: coordinates are the leading eigenvectors of
     -1/2 J D^2 J. A line runs through the layers of a network, from the open marker, its lowest, to the largest.
     """
-    layers = comparison.finished
-    places, shares = scaled(comparison.distances())
-    figure, axes = new_figure(7.4, 4.8)
+    kept = [i for i, layer in enumerate(comparison.finished) if regimes is None or layer.regime in regimes]
+    layers = [comparison.finished[i] for i in kept]
+    places, shares = scaled(comparison.distances()[np.ix_(kept, kept)])
+    figure, axes = new_figure(7.6, 4.8)
     colour = _colours(comparison)
     networks = list(dict.fromkeys((layer.regime, layer.seed) for layer in layers))
     for regime, seed in networks:
@@ -142,11 +156,11 @@ def similarity_map(comparison: Comparison) -> Figure:
             size = 4 + 5 * step / max(1, len(mine) - 1)
             face = "white" if step == 0 else colour[regime]
             axes.plot(a, b, marker=marker, color=colour[regime], markerfacecolor=face, markersize=size, linestyle="",
-                      label=regime if first and step == len(mine) - 1 else None)  # fmt: skip
+                      label=_wrapped(regime) if first and step == len(mine) - 1 else None)  # fmt: skip
     axes.set_aspect("equal", adjustable="datalim")
     axes.set(xlabel=f"first dimension ({shares[0]:.0%} of squared distance)",
              ylabel=f"second dimension ({shares[1]:.0%})")  # fmt: skip
-    axes.set_title(f"Map of all layers by {comparison.measure.name}, n = {comparison.record['n']} images")
+    axes.set_title(f"Map by {comparison.measure.name}, n = {comparison.record['n']} images")
     figure.legend(loc="outside right upper", title="regime\n(small, open: lowest\nlayer; large: highest)")
     return figure
 
@@ -155,23 +169,24 @@ def similarity_map(comparison: Comparison) -> Figure:
 def similarity_over_training(comparison: Comparison) -> Figure:
     """Draw how each layer's likeness changes over training: with its own end, its beginning, and the first regime.
 
-    A column for each depth, a line for each regime, seeds averaged; bars are 95 % intervals over images of one seed.
+    A column for each layer of the regime with most, where others' layers of that name stand, or else those nearest in
+    depth; a line for each regime, seeds averaged; bars are 95 % intervals over images of one seed.
     """
     trained = [layer for layer in comparison.layers if layer.step is not None]
     if not trained:
         raise UserError("the comparison holds no steps of training; compare with over_training=True")
-    names = list(dict.fromkeys(layer.name for layer in trained))
     regimes = list(dict.fromkeys(layer.regime for layer in trained))
+    columns = _columns(trained)
     rows = {"its own end": None, "its beginning": 0, **({f"{regimes[0]},\nsame step": -1} if len(regimes) > 1 else {})}
-    figure, _ = new_figure(2.2 + 1.7 * len(names), 0.9 + 1.9 * len(rows), axes=False)
-    grid = figure.subplots(len(rows), len(names), sharex=True, sharey=True, squeeze=False)
+    figure, _ = new_figure(2.2 + 1.7 * len(columns), 0.9 + 1.9 * len(rows), axes=False)
+    grid = figure.subplots(len(rows), len(columns), sharex=True, sharey=True, squeeze=False)
     colour = _colours(comparison)
     handles = {}
     for axes_row, (title, against) in zip(grid, rows.items(), strict=True):
-        for axes, name in zip(axes_row, names, strict=True):
+        for axes, (name, members) in zip(axes_row, columns.items(), strict=True):
             for regime in regimes:
-                points = _course(comparison, [x for x in trained if (x.regime, x.name) == (regime, name)], against,
-                                 regimes[0])  # fmt: skip
+                mine = [layer for layer in members if layer.regime == regime]
+                points = _course(comparison, mine, against, regimes[0])
                 if points:
                     steps, values, low, high = np.array(points, dtype=float).T
                     handles[regime] = axes.errorbar(
@@ -180,11 +195,12 @@ def similarity_over_training(comparison: Comparison) -> Figure:
                     )  # fmt: skip
             if against is None:
                 axes.set_title(name, fontsize=9.5)
-        axes_row[0].set_ylabel(f"with {title}")
+        axes_row[0].set_ylabel(f"{_towards(comparison)[-1]} {title}")
     _scale(list(grid.flat), comparison)
     figure.supxlabel("training step")
     figure.supylabel(_unit(comparison))
-    figure.legend(list(handles.values()), list(handles), loc="outside right upper")
+    figure.legend(list(handles.values()), list(map(_wrapped, handles)), loc="outside right upper",
+                  title=_bars_are(comparison).strip() or None)  # fmt: skip
     return figure
 
 
@@ -201,6 +217,19 @@ def scaled(distances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     total = np.clip(np.linalg.eigvalsh(-0.5 * centre @ distances**2 @ centre), 0, None).sum()
     vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(0), range(2)])
     return vectors * np.sqrt(values), values / max(total, 1e-300)
+
+
+def _columns(layers: Sequence[Layer]) -> dict[str, list[Layer]]:
+    """Return the layers by column: the names of the regime with most, each layer with its namesake or its nearest."""
+    by_regime: dict[str, dict[str, float]] = {}
+    for layer in layers:
+        by_regime.setdefault(layer.regime, {})[layer.name] = layer.depth
+    depths = max(by_regime.values(), key=len)
+    columns: dict[str, list[Layer]] = {name: [] for name in depths}
+    for layer in layers:
+        nearest = min(depths, key=lambda name: (name != layer.name, abs(depths[name] - layer.depth)))
+        columns[nearest].append(layer)
+    return columns
 
 
 def _course(
@@ -235,6 +264,18 @@ def _bars(points: Sequence) -> np.ndarray | None:
     if points[0].low is None:
         return None
     return np.abs([[point.value - point.low for point in points], [point.high - point.value for point in points]])
+
+
+def _towards(comparison: Comparison) -> tuple[str, ...]:
+    """Return the words between what is compared and what it is compared with; the first predicts the second."""
+    if not comparison.measure.symmetric:
+        return ("predicting",)
+    return ("likeness", "with") if comparison.measure.kind == "similarity" else ("distance", "from")
+
+
+def _bars_are(comparison: Comparison) -> str:
+    n = f"\nn = {comparison.record['n']} images"
+    return n + ("\nbars: 95 % intervals" if comparison.record["resamples"] else "")
 
 
 def _limits(comparison: Comparison, values: np.ndarray) -> tuple[float, float]:
@@ -273,7 +314,13 @@ def _colours(comparison: Comparison) -> Mapping[str, str]:
 
 
 def _marker(comparison: Comparison, regime: str) -> str:
-    return MARKERS[comparison.regimes.index(regime) % len(MARKERS)]
+    place = comparison.regimes.index(regime)
+    # where colours come again, they come with other markers
+    return MARKERS[(place + place // len(COLOURS)) % len(MARKERS)]
+
+
+def _wrapped(regime: str) -> str:
+    return textwrap.fill(regime, 22)
 
 
 def _network(layer: Layer) -> str:

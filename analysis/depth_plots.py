@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -82,9 +82,9 @@ def geometry_by_stage(
 def update_alignment(tables: Mapping[str, AlignmentTable]) -> Figure:
     """Draw how the update of each stage lies to exact backpropagation of the last loss, over training.
 
-    A column per rule, a line per stage from dark (lowest) to light. Above, the cosine: 1 where the rule's update is
-    backpropagation's; dashed, the cosine between backpropagation's own gradients of different batches, the yardstick
-    of how much two gradients agree at all. Below, the ratio of norms.
+    A column per rule, a line per stage, from dark for its lowest to light for its highest. Above, the cosine: 1 where
+    the rule's update is backpropagation's; dashed, the cosine between backpropagation's own gradients of different
+    batches, the yardstick of how much two gradients agree at all. Below, the ratio of norms.
 
     Args:
         tables: `{rule: alignment_over_training(...)}`.
@@ -93,12 +93,12 @@ def update_alignment(tables: Mapping[str, AlignmentTable]) -> Figure:
         UserError: there is nothing to draw.
     """
     from matplotlib import colormaps
+    from matplotlib.ticker import NullFormatter
 
     if not tables:
         raise UserError("a figure of alignment needs at least one table")
     figure, _ = new_figure(1.6 + 1.9 * len(tables), 4.6, axes=False)
     grid = figure.subplots(2, len(tables), sharex="col", sharey="row", squeeze=False)
-    last = max(row.stage or 0 for table in tables.values() for row in table.rows)
     handles = {}
     for column, (rule, table) in enumerate(tables.items()):
         above, below = grid[:, column]
@@ -108,9 +108,10 @@ def update_alignment(tables: Mapping[str, AlignmentTable]) -> Figure:
             if not rows:
                 continue
             steps = [row.step for row in rows]
-            colour = colormaps["viridis"](0.9 * (stage - 1) / max(1, last - 1))
-            (handles[f"stage {stage}"],) = above.plot(steps, [row.cosine for row in rows], "o-", color=colour,
-                                                      markersize=3.5, linewidth=1.5)  # fmt: skip
+            colour = colormaps["viridis"](0.9 * (stage - 1) / max(1, stages[-1] - 1))
+            (line,) = above.plot(steps, [row.cosine for row in rows], "o-", color=colour, markersize=3.5, linewidth=1.5)
+            if stage in (stages[0], stages[-1]):
+                handles.setdefault("highest stage" if stage == stages[-1] else "lowest stage", line)
             _band(above, steps, [(row.low, row.high) for row in rows], colour)
             above.plot(steps, [row.self_cosine for row in rows], "--", color=colour, linewidth=0.9)
             below.plot(steps, [row.norm_ratio for row in rows], "o-", color=colour, markersize=3.5, linewidth=1.5)
@@ -120,19 +121,29 @@ def update_alignment(tables: Mapping[str, AlignmentTable]) -> Figure:
         above.axhline(0, color="#888888", linewidth=0.8)
         below.axhline(1, color="#888888", linewidth=0.8)
         below.set_yscale("log")
+        below.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        below.yaxis.set_major_locator(_ticks())
+        below.yaxis.set_minor_formatter(NullFormatter())
     grid[0, 0].set_ylabel("cosine with\nbackpropagation")
     grid[1, 0].set_ylabel("norm relative to\nbackpropagation's")
     figure.supxlabel("training step")
     (yardstick,) = grid[0, 0].plot([], [], "--", color="#555555", linewidth=0.9)
     figure.legend(
-        [*handles.values(), yardstick], [*handles, "backpropagation,\ntwo batches"], loc="outside right upper"
-    )
+        [*handles.values(), yardstick], [*handles, "backpropagation,\ntwo batches"], loc="outside right upper",
+        title=f"n = {max(row.n for table in tables.values() for row in table.rows)} batches\nbands: 95 % intervals",
+    )  # fmt: skip
     return figure
 
 
 def _band(axes, steps: Sequence[int], ends: Sequence[tuple[float | None, float | None]], colour) -> None:
     if all(low is not None and high is not None for low, high in ends):
         axes.fill_between(steps, *np.array(ends, dtype=float).T, color=colour, alpha=0.2, linewidth=0)
+
+
+def _ticks() -> Any:
+    from matplotlib.ticker import LogLocator
+
+    return LogLocator(subs=(1, 2, 5))
 
 
 def _slant(names: Sequence[str]) -> dict:

@@ -88,13 +88,14 @@ def profile_of(
 
 
 def _counterparts(layer: Layer, others: Sequence[Layer]) -> list[Layer]:
-    """Return the layer of each run that lies nearest in depth, where it is near enough."""
-    nearest: dict[int | None, Layer] = {}
-    for other in others:
-        best = nearest.get(other.seed)
-        if best is None or abs(other.depth - layer.depth) < abs(best.depth - layer.depth):
-            nearest[other.seed] = other
-    return [other for other in nearest.values() if abs(other.depth - layer.depth) <= CORRESPOND]
+    """Return the layer of each run that lies nearest in depth, of several the namesake, where it is near enough."""
+
+    def away(other: Layer) -> tuple[float, bool]:
+        return abs(other.depth - layer.depth), other.name != layer.name
+
+    seeds = dict.fromkeys(other.seed for other in others)
+    nearest = [min((other for other in others if other.seed == seed), key=away) for seed in seeds]
+    return [other for other in nearest if away(other)[0] <= CORRESPOND]
 
 
 def _point(pairs: dict[tuple[Layer, Layer], Score], same_seed: bool) -> ProfilePoint:

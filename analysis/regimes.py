@@ -24,7 +24,8 @@ from localsim.runs import Run, load_run
 LAYERS = ("ends", "stages", "units", "readouts")
 """Which layers: those that end the backbone's own stages, or all stages, unit blocks or readouts."""
 _ARCHITECTURE = ("backbone", "backbone_width", "stem", "zero_init_residual", "patches", "image_size", "data")
-_WITHIN = ("seed", "preset", *FREE)  # what runs of one regime may differ in
+_OBSERVED = ("log_every", "probe_protocol", "probe_images", "test_images")
+_WITHIN = ("seed", "preset", *_OBSERVED, *FREE)  # what runs of one regime may differ in
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Subject:
         open: returns the network.
         features: its features, where these are given in its place.
         run: the run it comes from.
+        learned: whether it may have learned anything: no control, nor a run without training.
     """
 
     regime: str
@@ -68,6 +70,7 @@ class Subject:
     open: Callable[[], Source] | None = None
     features: Features | None = None
     run: Run | None = None
+    learned: bool = True
 
     def layers(self, images: Any, choice: str | Mapping[str, Any], **settings: Any) -> dict[Layer, np.ndarray]:
         """Return the features of its layers, lowest first.
@@ -99,7 +102,7 @@ def open_subjects(
         over_training: add the untrained network and every snapshot of each run as steps of its training.
 
     Raises:
-        UserError: an unknown control, or a run asked for over training that has no snapshots.
+        UserError: an unknown control, a run that is given twice, or one asked for over training without snapshots.
     """
     for control in controls:
         if control not in CONTROLS:
@@ -117,16 +120,16 @@ def open_subjects(
         else:
             source = Source.of(one)
             subjects.append(Subject(source.name, None, None, lambda source=source: source))
+    subjects = _told_apart(subjects)
     present = {_architecture(run.config) for run in runs if not _learns(run)}
-    several = len({_architecture(run.config)[:-1] for run in runs}) > 1
     added: dict[Any, Subject] = {}
     for run in runs:
         for control in controls:
             place = (control, _architecture(run.config))
             if place in added or (control == "untrained" and place[1] in present):
                 continue
-            name = f"{control} {run.config.backbone}" if several else control
-            added[place] = Subject(name, run.config.seed, None, _control(run, control), run=run)
+            regime = " ".join([control, *_apart(run.config, [other.config for other in runs])])
+            added[place] = Subject(regime, run.config.seed, None, _control(run, control), run=run, learned=False)
     return [*added.values(), *subjects]
 
 
@@ -160,7 +163,7 @@ def common_images(runs: Sequence[Run], number: int | None) -> ImageSet:
 
 def _of_run(run: Run, regime: str, over_training: bool) -> list[Subject]:
     seed = run.config.seed
-    final = Subject(regime, seed, None, _source(run, "trained"), run=run)
+    final = Subject(regime, seed, None, _source(run, "trained"), run=run, learned=_learns(run))
     if not over_training or not _learns(run):
         return [final]
     if not run.snapshots:
@@ -191,6 +194,29 @@ def _learns(run: Run) -> bool:
     return run.step > 0
 
 
+def _told_apart(subjects: Sequence[Subject]) -> list[Subject]:
+    """Return the subjects with a number behind names that several networks have; UserError where a run comes twice."""
+    named: dict[Any, list[Subject]] = {}
+    for subject in subjects:
+        named.setdefault((subject.regime, subject.seed, subject.step), []).append(subject)
+    for (regime, seed, _), same in named.items():
+        if len(same) > 1 and (twice := [str(one.run.path) for one in same if one.run is not None]):
+            raise UserError(f"{' and '.join(twice)} are both {regime} with seed {seed}; give one run of each seed")
+    places = {id(one): place for same in named.values() if len(same) > 1 for place, one in enumerate(same, start=1)}
+    return [replace(one, regime=f"{one.regime} {places[id(one)]}") if id(one) in places else one for one in subjects]
+
+
+def _apart(config: Config, others: Sequence[Config]) -> list[str]:
+    """Return what it takes to tell the architecture of a run from others that are compared with it."""
+    words, alike = [], list(others)
+    for name in _ARCHITECTURE:
+        still = [one for one in alike if getattr(one, name) == getattr(config, name)]
+        if len(still) < len(alike):
+            words.append(("" if name == "backbone" else f"{name}=") + str(getattr(config, name)))
+        alike = still
+    return words
+
+
 def _architecture(config: Config) -> tuple[Any, ...]:
     return tuple(getattr(config, name) for name in (*_ARCHITECTURE, "seed"))
 
@@ -211,13 +237,15 @@ def _choice(run: Run | None, choice: str | Mapping[str, Any]) -> Mapping[str, An
 
 
 def _depths(source: Source, names: Sequence[str]) -> dict[str, float]:
-    """Return how far up the trunk each layer lies; for networks without unit blocks, its place among the layers."""
+    """Return how far up the trunk each layer lies; where one lies in no unit block, the places among the layers."""
     places = {name: place + 1 for place, name in enumerate(source.points.units)}
     net = source.network
     if isinstance(net, LocalNetwork):
         ends = np.cumsum(net.units_per_stage)
         for stage, end in enumerate(ends):
             places |= {f"stage{stage + 1}": int(end), f"readout{stage + 1}": int(end)}
+        # the stem's parts have names of their own
+        places |= {part: place + 1 for place, unit in enumerate(net.units) for part in unit.part_names}
     inside = {name: _deepest(name, places) for name in names}
     if places and all(inside.values()):
         return {name: inside[name] / len(source.points.units) for name in names}

@@ -20,18 +20,24 @@ from localsim.rng import key
 COVERAGE = 0.95
 
 
+def check_resamples(n: int, resamples: int) -> None:
+    """Raise UserError for fewer than 8 images, of which a half would be too few to compare, or 1 to 19 resamples."""
+    if resamples and n < 8:
+        raise UserError(f"an interval over {n} images is not possible; allowed: 8 images or more, or resamples=0")
+    if resamples and resamples < 20:
+        raise UserError(f"{resamples} resamples are too few for an interval; allowed: 0 (none), or 20 or more")
+
+
 def half_samples(n: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
     """Yield `resamples` times the sorted indices of half of n images, drawn without replacement.
 
-    A half and the other half come in turn, so that over an even number of draws every image counts equally often.
+    A half and the other half come in turn, so that over an even number of draws every image counts equally often
+    (of an odd number of images, one is left out of each two draws).
 
     Raises:
-        UserError: fewer than 8 images, of which a half would be too few to compare, or fewer than 20 resamples.
+        UserError: see `check_resamples`.
     """
-    if n < 8:
-        raise UserError(f"an interval over {n} images is not possible; allowed: 8 images or more, or resamples=0")
-    if resamples < 20:
-        raise UserError(f"{resamples} resamples are too few for an interval; allowed: 0 (none), or 20 or more")
+    check_resamples(n, resamples)
     for number in range(resamples):
         order = np.random.default_rng(key(seed, "halves", number // 2)).permutation(n)
         yield np.sort(order[: n // 2] if number % 2 == 0 else order[n - n // 2 :])
@@ -55,7 +61,13 @@ def centred_interval(estimate: float, draws: ArrayLike) -> tuple[float, float]:
 
 
 def shuffles(n: int, number: int, seed: int) -> Iterator[np.ndarray]:
-    """Yield `number` orders of n images, for the chance level of a score: what is left when images are mismatched."""
+    """Yield `number` orders of n images, for the chance level of a score: what is left when images are mismatched.
+
+    Raises:
+        UserError: a negative number.
+    """
+    if number < 0:
+        raise UserError(f"{number} permutations are not possible; allowed: 0 (none), or more")
     for index in range(number):
         yield np.random.default_rng(key(seed, "permutation", index)).permutation(n)
 

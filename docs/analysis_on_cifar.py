@@ -3,26 +3,39 @@
 `python docs/analysis_on_cifar.py OUT --data-root DIR --to FOLDER` reads the runs that
 `python docs/rules_on_cifar.py OUT --data-root DIR --rules RULES` has made, with `--seed 1` a second time, and writes
 figures and tables to FOLDER: similarity of all stages, their geometry, and the alignment of updates with
-backpropagation. `--only` chooses among the three.
+backpropagation, also, as a control, where the last loss has an untrained head. `--only` chooses among these.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from statistics import fmean
 
-from localsim.analysis import alignment_over_training, compare, plots, stage_geometry
+from scipy.stats import sem, t
+
+from localsim.analysis import alignment_over_training, compare, gradient_alignment, plots, stage_geometry
 from localsim.analysis.updates import AlignmentTable
 from localsim.files import write_text
+from localsim.opening import open_data, open_device, open_loader
 from localsim.runs import Run, load_run
 
 RULES = ("untrained", "end_to_end", "blockwise", "loco", "layerwise", "greedy_infomax")
-PARTS = ("similarity", "geometry", "updates")
+PARTS = ("similarity", "geometry", "updates", "control")
+BATCHES = 8
 
 
 def similarity(runs: list[Run], images: int, to: Path, cache: Path) -> None:
-    for measure in ("cka_debiased", "rsa"):
-        comparison = compare(*runs, images=images, measure=measure, over_training=measure != "rsa", cache=cache)
+    for measure, over_training, permutations in (("cka_debiased", True, 50), ("rsa", False, 0)):
+        comparison = compare(
+            *runs,
+            images=images,
+            measure=measure,
+            over_training=over_training,
+            resamples=100,
+            permutations=permutations,
+            cache=cache,
+        )
         kept = comparison.save(to)
         write_text(kept / "profiles.txt", f"{comparison}\n")
         print(comparison)
@@ -53,6 +66,28 @@ def updates(runs: list[Run], to: Path) -> None:
     save(plots.update_alignment(tables), to / "updates")
 
 
+def updates_control(runs: list[Run]) -> None:
+    """Print the alignment at the end of training with the last loss's own head, and with that head as initialised."""
+    print("| rule | head of the last loss | stage | cosine |\n|---|---|---|---|")
+    for run in runs:
+        if run.config.seed or not run.step or run.config.rule == "end_to_end":
+            continue
+        data = open_data(run.config)
+        loader = open_loader(run.config, data, open_device(run.config.device))
+        for which in ("trained", "as initialised"):
+            net = run.network()
+            if which != "trained":
+                net.taps[-1].load_state_dict(run.network("untrained").taps[-1].state_dict())
+            cosines: dict[int, list[float]] = {}
+            for number, batch in zip(range(BATCHES), loader.epoch(0), strict=False):
+                for row in gradient_alignment(net, *batch.views, labels=batch.labels, key=number):
+                    if row.level == "stage" and row.stage is not None and row.cosine is not None:
+                        cosines.setdefault(row.stage, []).append(row.cosine)
+            for stage, values in cosines.items():
+                half = t.ppf(0.975, len(values) - 1) * sem(values)
+                print(f"| {run.config.rule} | {which} | {stage} | {fmean(values):.3f} ± {half:.3f} |")
+
+
 def save(figure, path: Path) -> None:
     for suffix in (".png", ".svg"):
         plots.save(figure, path.with_suffix(suffix))
@@ -75,6 +110,8 @@ def main() -> None:
         all_geometry(runs, chosen.images, chosen.to, chosen.to / "cache")
     if "updates" in parts:
         updates(runs, chosen.to)
+    if "control" in parts:
+        updates_control(runs)
 
 
 if __name__ == "__main__":

@@ -167,14 +167,17 @@ def make_parser() -> argparse.ArgumentParser:
                            "by name: layer2,layer3.0.conv1")  # fmt: skip
     what.add_argument("--spatial", metavar="HOW", help="maps become vectors by their mean (default), 2x2 (any k x k), "
                       "flatten, or project1000 (any number)")  # fmt: skip
-    what.add_argument("--images", metavar="N", type=int, default=1000, help="test images (default 1000)")
+    what.add_argument(
+        "--images", metavar="N", type=int, default=1000, help="test images, or all if they are fewer (default 1000)"
+    )
     what.add_argument("--controls", metavar="NAMES", default="untrained",
                       help="untrained (default), calibrated, both with a comma, or none")  # fmt: skip
     what.add_argument("--over-training", action="store_true", help="every snapshot of the runs too")
     what.add_argument("--resamples", metavar="N", type=int, default=200,
                       help="draws of images for the 95 %% intervals (default 200, 0: none)")  # fmt: skip
     what.add_argument("--permutations", metavar="N", type=int, default=100,
-                      help="mismatched orders of the images for the chance level (default 100, 0: none)")  # fmt: skip
+                      help="mismatched orders of the images for the tables' chance level (default 100, "
+                           "0: none)")  # fmt: skip
     what.add_argument("--seed", metavar="N", type=int, default=0, help="of the draws (default 0)")
     where = compare.add_argument_group("where")
     where.add_argument("--rule", metavar="FILE", help="the file of a rule of your own, for runs made with it; executed")

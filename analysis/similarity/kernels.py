@@ -17,7 +17,7 @@ from localsim.errors import UserError
 MATRIX_BYTES = 2**31
 """Largest n x n matrix of one layer: 23,170 images in float32, 16,384 in float64."""
 
-BLOCK = 512
+BLOCK = 128
 """Rows that are multiplied at a time: only the blocks on and above the diagonal of a Gram matrix are computed."""
 
 ENTRIES = 2**20

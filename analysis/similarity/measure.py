@@ -9,6 +9,7 @@ needs no features at all.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,8 +26,11 @@ INVARIANCES = ("translation", "orthogonal", "scale", "linear")
 """Of features: an offset added to every image; a rotation or reflection; one positive factor; any invertible map."""
 
 MIN_IMAGES = 4
-CHUNK = 2**23
+CHUNK = 2**22
 """Numbers of a layer that are on the device at a time."""
+
+MAPPED_ROWS = 64
+"""Rows of a file that are mapped at a time: with every page that is read, Linux maps those around it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,11 +142,23 @@ def column_chunks(x: Array, numerics: Numerics) -> Iterator[Tensor]:
     for start in range(0, x.shape[1], width):
         chunk = x[:, start : start + width]
         if not isinstance(chunk, Tensor):
-            chunk = torch.from_numpy(np.array(chunk))  # a copy: torch warns of arrays that it may not write to
+            chunk = torch.from_numpy(_copy(chunk))  # torch warns of arrays that it may not write to
         chunk = chunk.to(numerics.device, numerics.dtype)
-        if not chunk.isfinite().all():
+        if not all(edge.isfinite() for edge in torch.aminmax(chunk)):
             raise UserError("features hold NaN or infinite values; a comparison needs finite ones")
         yield chunk
+
+
+def _copy(x: np.ndarray) -> np.ndarray:
+    """Return a copy in memory; of a file that is mapped to be read, no page that was read stays with this process."""
+    mapped: Any = getattr(x, "_mmap", None)
+    if not hasattr(mapped, "madvise") or getattr(x, "mode", None) != "r":  # Windows has none; others may hold changes
+        return np.array(x)
+    made = np.empty_like(x, subok=False)
+    for start in range(0, len(x), MAPPED_ROWS):
+        made[start : start + MAPPED_ROWS] = x[start : start + MAPPED_ROWS]
+        mapped.madvise(mmap.MADV_DONTNEED)
+    return made
 
 
 def varies(spread: float, size: float) -> None:

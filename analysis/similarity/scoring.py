@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from localsim.analysis.similarity.measure import Array, Measure, Numerics, same_images
 from localsim.analysis.statistics import centred_interval, half_samples, p_value, resample, shuffles
@@ -22,7 +23,7 @@ class Score:
 
     Attributes:
         value: of the measure, on all images.
-        low, high: 95 % interval over images; None without resamples.
+        low, high: 95 % interval over images, of a biased measure around the biased value; None without resamples.
         n: images.
         chance: mean score of mismatched images; None without permutations.
         p: share of mismatched scores at least as extreme, see `statistics.p_value`; None without permutations.
@@ -86,12 +87,15 @@ def score_pairs(
     resamples: int = 0,
     permutations: int = 0,
     seed: int = 0,
+    *,
+    progress: bool = False,
 ) -> dict[tuple[Name, Name], Score]:
     """Return the score of every pair, sharing what a layer needs among all its pairs.
 
     Intervals come from the same half-samples of the images for all pairs, so that differences between scores have
     intervals too (`Score.draws`); a measure that is a ratio of sums over images (`Measure.terms`) is not fitted again,
-    and its images are drawn with replacement instead. Chance levels come from the same orders for all pairs.
+    and its images are drawn with replacement instead: that interval is over images to be predicted, with the fits as
+    they are, and narrower than one over images to fit, too. Chance levels come from the same orders for all pairs.
 
     Args:
         measure: of similarity.
@@ -100,7 +104,9 @@ def score_pairs(
         pairs: keys of `layers`, the first the predictor where the measure is not symmetric.
         n: images.
         resamples, permutations, seed: see `similarity`.
+        progress: show bars of resamples and permutations on a terminal.
     """
+    hidden = None if progress else True  # None: shown on a terminal only
     once = not resamples and not permutations
     values: dict[tuple[Name, Name], float] = {}
     draws: dict[tuple[Name, Name], np.ndarray] = {}
@@ -116,13 +122,15 @@ def score_pairs(
             draws[a, b] = (sums[:, 0] / sums[:, 1]).numpy()
     if resamples and weights is None:
         halves = (_taken(measure, layers, pairs, images) for images in half_samples(n, resamples, seed))
-        draws = _stacked(_compared(measure, half, half, pairs) for half in halves)
+        shown = tqdm(halves, desc="half samples", total=resamples, disable=hidden)
+        draws = _stacked(_compared(measure, half, half, pairs) for half in shown)
     null: dict[tuple[Name, Name], np.ndarray] = {}
     if permutations:
         moved = (
             _taken(measure, layers, [(b, b) for _, b in pairs], order) for order in shuffles(n, permutations, seed)
         )
-        null = _stacked(_compared(measure, ready, mismatched, pairs) for mismatched in moved)
+        shown = tqdm(moved, desc="permutations", total=permutations, disable=hidden)
+        null = _stacked(_compared(measure, ready, mismatched, pairs) for mismatched in shown)
     return {pair: _score(measure, value, draws.get(pair), null.get(pair), n) for pair, value in values.items()}
 
 

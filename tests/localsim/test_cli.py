@@ -14,6 +14,8 @@ FLAGS = {
     "run": "--rule --granularity --cuts --reach --objective --readout --noise --preset --backbone --data --data-root "
     "--epochs --batch-size --lr --seed --set --out --resume --device --debug",
     "probe": "--rule --protocol --epochs --report --images --seed --data --data-root --device --debug",
+    "compare": "--measure --layers --spatial --images --controls --over-training --resamples --permutations --seed "
+    "--rule --data --data-root --device --cache --out --debug",
     "rules": "--stages --debug",
 }
 
