@@ -32,18 +32,23 @@ UNITS = {
 
 @styled
 def geometry_by_stage(
-    regimes: Mapping[str, Sequence[tuple[str, Sequence[GeometryRow]]]], *, quantities: Sequence[str] | None = None
+    regimes: Mapping[str, Sequence[tuple[str | float, Sequence[GeometryRow]]]],
+    *,
+    quantities: Sequence[str] | None = None,
 ) -> Figure:
     """Draw each quantity of the geometry in a panel of its own: a line per regime, stages from low to high.
 
     Args:
-        regimes: `{regime: [(stage name, geometry.describe(...)), ...]}`, stages in order.
+        regimes: `{regime: [(stage, geometry.describe(...)), ...]}`, stages in order: each its name, which all regimes
+            share, or its depth, the share of the unit blocks that lie in and below it.
         quantities: which, by name; by default all that are there.
 
     Raises:
         UserError: there is nothing to draw.
     """
     stages = list(dict.fromkeys(stage for found in regimes.values() for stage, _ in found))
+    names = [stage for stage in stages if isinstance(stage, str)]
+    step = 0.07 if names else 0.008
     there = {row.quantity: row.n for found in regimes.values() for _, rows in found for row in rows}
     shown = [name for name in UNITS if name in there and (quantities is None or name in quantities)]
     if not shown:
@@ -51,27 +56,36 @@ def geometry_by_stage(
     columns = min(len(shown), 4)
     rows_of_panels = -(-len(shown) // columns)
     figure, _ = new_figure(1.9 + 2.3 * columns, 0.6 + 2.3 * rows_of_panels, axes=False)
-    panels = figure.subplots(rows_of_panels, columns, squeeze=False, sharex=True).flat
+    panels = list(figure.subplots(rows_of_panels, columns, squeeze=False, sharex=True).flat)
     handles = {}
     for axes, quantity in zip(panels, shown, strict=False):
         for number, (regime, found) in enumerate(regimes.items()):
-            points = [(stages.index(stage), row) for stage, rows in found for row in rows if row.quantity == quantity]
+            points = [
+                (names.index(stage) if isinstance(stage, str) else stage, row)
+                for stage, rows in found
+                for row in rows
+                if row.quantity == quantity
+            ]
             if not points:
                 continue
             values = np.array([row.value for _, row in points])
             ends = [[row.value if end is None else end for end in (row.low, row.high)] for _, row in points]
             handles[regime] = axes.errorbar(
-                [place + 0.07 * (number - (len(regimes) - 1) / 2) for place, _ in points], values,
+                [place + step * (number - (len(regimes) - 1) / 2) for place, _ in points], values,
                 yerr=np.abs(np.array(ends).T - values), color=COLOURS[number % len(COLOURS)],
                 fmt=f"{MARKERS[number % len(MARKERS)]}-", markersize=4, linewidth=1.3, elinewidth=1,
             )  # fmt: skip
         title, unit = UNITS[quantity]
         axes.set_title(title, fontsize=9.5)
         axes.set_ylabel(unit, fontsize=8.5)
-        axes.set_xticks(range(len(stages)), stages, **_slant(stages))
+        if names:
+            axes.set_xticks(range(len(names)), names, **_slant(names))
+        else:
+            axes.set_xlim(0, 1.05)
         axes.tick_params(labelbottom=True)
-    for axes in list(panels)[len(shown) :]:
+    for axes in panels[len(shown) :]:
         axes.set_axis_off()
+    figure.supxlabel("stage" if names else "depth (share of the unit blocks)")
     n = sorted(set(there.values()))
     figure.legend(list(handles.values()), list(handles), loc="outside right upper",
                   title=f"n = {', '.join(map(str, n))} images\nbars: 95 % intervals")  # fmt: skip

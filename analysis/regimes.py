@@ -83,12 +83,15 @@ class Subject:
         found = self.features
         if self.open is not None:
             source = self.open()
-            found = features(source, images, **_choice(self.run, choice), **settings)
-            depths = _depths(source, found.names)
+            found = features(source, images, **layers_to_read(self.run, choice), **settings)
+            named = layers_of(source, found.names, self.regime, self.seed, self.step)
         else:
             assert found is not None
-            depths = {name: (place + 1) / len(found) for place, name in enumerate(found)}
-        return {Layer(self.regime, self.seed, self.step, name, depths[name]): found[name] for name in found}
+            named = [
+                Layer(self.regime, self.seed, self.step, name, (place + 1) / len(found))
+                for place, name in enumerate(found)
+            ]
+        return {layer: found[layer.name] for layer in named}
 
 
 def open_subjects(
@@ -221,7 +224,7 @@ def _architecture(config: Config) -> tuple[Any, ...]:
     return tuple(getattr(config, name) for name in (*_ARCHITECTURE, "seed"))
 
 
-def _choice(run: Run | None, choice: str | Mapping[str, Any]) -> Mapping[str, Any]:
+def layers_to_read(run: Run | None, choice: str | Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a choice of layers in the words of `features`."""
     if not isinstance(choice, str):
         return choice
@@ -234,6 +237,14 @@ def _choice(run: Run | None, choice: str | Mapping[str, Any]) -> Mapping[str, An
     backbone, _ = build_trunk(run.config)
     last = [cut - 1 for cut in (*backbone.natural_cuts[1:], len(backbone.units))]
     return {"units": [backbone.units[unit].name for unit in last]}
+
+
+def layers_of(
+    source: Source, names: Sequence[str], regime: str, seed: int | None = None, step: int | None = None
+) -> list[Layer]:
+    """Return layers of a network, given by name, as points of comparison: with their depths."""
+    depths = _depths(source, names)
+    return [Layer(regime, seed, step, name, depths[name]) for name in names]
 
 
 def _depths(source: Source, names: Sequence[str]) -> dict[str, float]:

@@ -1,20 +1,21 @@
-"""The geometry of every stage of a run, on its test images and their augmented views."""
+"""The geometry of the layers of a run, on its test images and their augmented views."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from localsim.analysis import geometry
-from localsim.analysis.extract import RAW, batch_features
 from localsim.analysis.extraction import features
 from localsim.analysis.geometry import GeometryRow
-from localsim.analysis.regimes import common_images
+from localsim.analysis.regimes import Layer, common_images, layers_of, layers_to_read
 from localsim.analysis.sources import Source
 from localsim.data import AUGMENTATIONS, ImageSet, ViewLoader
 from localsim.errors import UserError
-from localsim.network import LocalNetwork
 from localsim.runs import Run
 
 BATCH = 128
@@ -24,21 +25,23 @@ def stage_geometry(
     run: Run,
     *,
     which: str | int = "trained",
+    layers: str | Mapping[str, Any] = "stages",
     images: int | None = 1000,
     views: int = 2,
     resamples: int = 200,
     seed: int = 0,
     cache: str | Path | None = None,
-) -> dict[str, list[GeometryRow]]:
+) -> dict[Layer, list[GeometryRow]]:
     """Return `geometry.describe` of every stage of a run, lowest first: features are maps averaged over positions.
 
     Args:
         run: with test images.
         which: `trained`, `untrained`, or the step of a snapshot.
+        layers: `stages`, or other layers, see `compare`; `ends` are the same places however a backbone is cut.
         images: how many test images, balanced over classes; None: all. Most quantities depend on their number.
         views: augmented views of each image, as in training, for alignment and uniformity of views; 0 for none.
         resamples, seed: of the intervals; `seed` is that of the views too.
-        cache: see `features`; for the images themselves, not their views.
+        cache: see `features`.
 
     Raises:
         UserError: there are no test images, one view only, or as `geometry.describe` says.
@@ -46,28 +49,39 @@ def stage_geometry(
     if views == 1:
         raise UserError("views is 1; allowed: 0 (none), or 2 or more, which can be compared")
     source, shown = Source.of(run, which=which), common_images([run], images)
-    plain = features(source, shown, stages="all", cache=cache)
-    assert isinstance(source.network, LocalNetwork)
-    seen = _views(source.network, run, source, shown, views, seed) if views else {}
+    choice = layers_to_read(run, layers)
+    plain = features(source, shown, cache=cache, **choice)
+    seen = [
+        features(_as_it_is(source), view, cache=cache, **choice) for view in _views(run, source, shown, views, seed)
+    ]
+    step = {"trained": None, "untrained": 0}.get(str(which), which)
+    named = layers_of(source, plain.names, run.config.rule, run.config.seed, step if step is None else int(step))
     return {
-        name: geometry.describe(plain[name], plain.labels, seen.get(stage), resamples=resamples, seed=seed)
-        for stage, name in enumerate(plain)
+        layer: geometry.describe(
+            plain[layer.name],
+            plain.labels,
+            np.stack([view[layer.name] for view in seen]) if seen else None,
+            resamples=resamples,
+            seed=seed,
+        )
+        for layer in named
     }
 
 
-def _views(
-    net: LocalNetwork, run: Run, source: Source, images: ImageSet, number: int, seed: int
-) -> dict[int, np.ndarray]:
-    """Return the features `(views, n, d)` of augmented views of all images, by stage."""
+def _as_it_is(source: Source) -> Source:
+    """Return the source for images that are cropped, coloured and normalised already."""
+    return replace(source, size=None, mean=None, std=None, grey=False, crop=None)
+
+
+def _views(run: Run, source: Source, images: ImageSet, number: int, seed: int) -> list[np.ndarray]:
+    """Return the augmented views of all images, normalised: `number` arrays `(n, 3, H, W)`."""
+    if not number:
+        return []
     config = run.config
     assert source.mean is not None and source.std is not None
     loader = ViewLoader(
         images, AUGMENTATIONS[config.augmentation], size=config.image_size, batch_size=min(BATCH, len(images)),
-        seed=seed, mean=source.mean, std=source.std, num_views=number, workers=config.workers, device=source.device,
+        seed=seed, mean=source.mean, std=source.std, num_views=number, workers=config.workers,
     )  # fmt: skip
-    parts: dict[int, list[np.ndarray]] = {}
-    for batch in loader.all_views(0):
-        found = [batch_features(net, view, precision=config.precision) for view in batch.views]
-        for stage in range(len(net.stages)):
-            parts.setdefault(stage, []).append(np.stack([one[stage, RAW].cpu().numpy() for one in found]))
-    return {stage: np.concatenate(rows, axis=1) for stage, rows in parts.items()}
+    batches = list(loader.all_views(0))
+    return [np.concatenate([batch.views[view].numpy() for batch in batches]) for view in range(number)]

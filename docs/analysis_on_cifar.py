@@ -42,14 +42,14 @@ def similarity(runs: list[Run], images: int, to: Path, cache: Path) -> None:
 
 
 def all_geometry(runs: list[Run], images: int, to: Path, cache: Path) -> None:
-    described, lines = {}, ["rule,stage,quantity,value,low,high,n"]
+    described, lines = {}, ["rule,layer,depth,quantity,value,low,high,n"]
     for run in (run for run in runs if run.config.seed == 0):
         rule = run.config.rule
-        found = stage_geometry(run, images=images, cache=cache)
-        described[rule] = [(name.removeprefix("stage"), rows) for name, rows in found.items()]
+        found = stage_geometry(run, layers="ends", images=images, cache=cache)
+        described[rule] = [(layer.depth, rows) for layer, rows in found.items()]
         lines += [
-            f"{rule},{stage},{row.quantity},{row.value},{row.low},{row.high},{row.n}"
-            for stage, rows in described[rule]
+            f"{rule},{layer.name},{layer.depth},{row.quantity},{row.value},{row.low},{row.high},{row.n}"
+            for layer, rows in found.items()
             for row in rows
         ]
     write_text(to / "geometry.csv", "\n".join(lines) + "\n")

@@ -21,9 +21,11 @@ def run(tmp_path_factory):
 def test_every_stage_is_described_as_its_features_are(run):
     found = stage_geometry(run, images=24, views=0, resamples=20)
     plain = features(run, common_images([run], 24), stages="all")
-    assert list(found) == list(plain)
-    for name, rows in found.items():
-        assert rows == geometry.describe(plain[name], plain.labels, resamples=20)
+    assert [layer.name for layer in found] == list(plain)
+    assert [layer.depth for layer in found] == sorted(layer.depth for layer in found)
+    assert next(reversed(found)).depth == 1
+    for layer, rows in found.items():
+        assert rows == geometry.describe(plain[layer.name], plain.labels, resamples=20)
         assert {row.n for row in rows} == {24}
 
 
@@ -31,7 +33,7 @@ def test_views_are_those_of_training_and_bring_their_quantities(run):
     with_views = stage_geometry(run, images=24, views=2, resamples=0)
     for rows in with_views.values():
         assert {"alignment", "shared_variance"} <= {row.quantity for row in rows}
-    (alignment,) = [row for row in with_views["stage1"] if row.quantity == "alignment"]
+    (alignment,) = [row for row in next(iter(with_views.values())) if row.quantity == "alignment"]
     net = run.network()
     from localsim.data import AUGMENTATIONS, ViewLoader
     from localsim.opening import open_data
@@ -52,7 +54,8 @@ def test_views_are_those_of_training_and_bring_their_quantities(run):
 def test_other_weights_have_another_geometry(run):
     trained, untrained = (stage_geometry(run, which=which, images=24, views=0, resamples=0)
                           for which in ("trained", "untrained"))  # fmt: skip
-    assert trained["stage3"] != untrained["stage3"]
+    assert [layer.step for layer in untrained] == [0, 0, 0]
+    assert list(trained.values())[-1] != list(untrained.values())[-1]
 
 
 def test_one_view_is_refused(run):
