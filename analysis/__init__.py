@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from localsim.analysis.similarity import predictivity as predictivity
     from localsim.analysis.similarity import procrustes as procrustes
     from localsim.analysis.similarity import pwcca as pwcca
+    from localsim.analysis.similarity import rdm as rdm
     from localsim.analysis.similarity import rsa as rsa
     from localsim.analysis.similarity import svcca as svcca
     from localsim.analysis.sources import Source as Source
@@ -44,7 +45,8 @@ _WHERE = {
     "extraction": ("features",),
     "feature_store": ("Features",),
     "similarity": (
-        "MEASURES", "cca", "cka", "get_measure", "mutual_knn", "predictivity", "procrustes", "pwcca", "rsa", "svcca",
+        "MEASURES", "cca", "cka", "get_measure", "mutual_knn", "predictivity", "procrustes", "pwcca", "rdm", "rsa",
+        "svcca",
     ),
     "sources": ("Source",),
     "run_geometry": ("stage_geometry",),

@@ -20,7 +20,7 @@ def compare_runs(
     *,
     measure: str = "cka_debiased",
     layers: str = "ends",
-    spatial: str | None = None,
+    spatial: str = "mean",
     images: int = 1000,
     controls: str = "untrained",
     over_training: bool = False,
@@ -63,8 +63,6 @@ def compare_runs(
         path if path.startswith(named) else load_run(path).moved(data=data, data_root=data_root, device=device)
         for path in runs
     ]
-    settings = {"spatial": spatial, "device": device}
-    settings = {name: value for name, value in settings.items() if value is not None}
     made = []
     with tempfile.TemporaryDirectory() as temporary:
         for one in measures:
@@ -79,9 +77,10 @@ def compare_runs(
                 resamples=resamples,
                 permutations=permutations,
                 seed=seed,
+                spatial=spatial,
+                device=device,
                 cache=cache or temporary,
                 progress=True,
-                **settings,
             )
             kept = comparison.save(folder)
             print(f"{comparison}\n\n{time.monotonic() - began:.0f} s; table and figures in {kept}\n")

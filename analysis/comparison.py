@@ -13,15 +13,19 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from localsim import __version__
 from localsim.analysis.profiles import ProfilePoint, profile_of
 from localsim.analysis.regimes import Layer, Subject, common_images, open_subjects
 from localsim.analysis.similarity import get_measure
-from localsim.analysis.similarity.measure import Measure, Numerics, check_shape
-from localsim.analysis.similarity.scoring import Score, score_pairs
+from localsim.analysis.similarity.measure import Measure, Numerics, Precision, check_shape
+from localsim.analysis.similarity.scoring import Score, interval_of, score_pairs
 from localsim.analysis.statistics import check_resamples
 from localsim.errors import UserError, one_of
 from localsim.files import write_json, write_text
 from localsim.opening import open_device
+
+IMAGES = 1000
+"""Test images that networks are compared on where no number is given: a comparison takes the square of it."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,11 @@ class Comparison:
         first, second = (
             [layer for layer in self.finished if layer.regime == regime] for regime in (regime_a, regime_b)
         )
-        return profile_of(self.score, first, second, same_seed=same_seed, symmetric=self.measure.symmetric)
+        declared = self.measure
+        return profile_of(
+            self.score, first, second, same_seed=same_seed, symmetric=declared.symmetric,
+            bounds=(declared.low, declared.high),
+        )  # fmt: skip
 
     @property
     def rows(self) -> list[ComparisonRow]:
@@ -160,9 +168,11 @@ class Comparison:
 
     def __str__(self) -> str:
         measure, n = self.measure, next(iter(self.scores.values())).n
-        intervals = ", 95 % intervals" if self.record["resamples"] else ""
+        intervals = f"; 95 % intervals from {interval_of(measure)}" if self.record["resamples"] else ""
         end = "1 is alike" if measure.kind == "similarity" else "0 is alike"
         lines = [f"{measure.name}: {measure.kind}, {measure.bias}; {end}; n = {n} images{intervals}"]
+        if all(layer.seed is None for layer in self.layers):
+            return "\n".join([*lines, "", *_every_pair(self.scores, measure)])
         for place, a in enumerate(self.regimes):
             for b in self.regimes[place if measure.symmetric else 0 :]:
                 for same_seed in (False, True):
@@ -181,71 +191,107 @@ def compare(
     resamples: int = 200,
     permutations: int = 100,
     seed: int = 0,
-    dtype: str | None = None,
+    spatial: str = "mean",
+    batch_size: int = 128,
+    device: str | None = None,
+    precision: str = "full",
+    dtype: Precision | None = None,
+    cache: str | Path | None = None,
     progress: bool = False,
-    **settings: Any,
 ) -> Comparison:
     """Return how alike the layers of several networks are, within each and between them.
 
     Args:
         subjects: runs or their folders, networks or names as `features` takes them, `Features`, or mappings of layer
             names to arrays `(n, p)`.
-        images: see `features`; by default the runs' own test images, a number: so many of them, balanced over classes.
+        images: of networks: see `features`, or a number of the runs' own test images, balanced over classes; by default
+            1000 of these.
         measure: a name in `localsim.analysis.similarity.MEASURES`, or a `Measure`.
-        layers: `ends` (what ends the backbone's own stages, the same places in all runs of a backbone), `stages`,
-            `units`, `readouts`, or the arguments of `features` that choose layers, e.g. `{"modules": ["layer3"]}`.
+        layers: of networks: `ends` (what ends the backbone's own stages, the same places in all runs of a backbone),
+            `stages`, `units`, `readouts`, or the arguments of `features` that choose layers, e.g.
+            `{"modules": ["layer3"]}`.
         controls: of `untrained` and `calibrated`, added once for each architecture and seed among the runs.
         over_training: also compare every snapshot of each run: with the run's own end, with its beginning, and with
             the other regimes at the same step and seed.
         resamples: draws for the 95 % intervals over images, 0 for none.
         permutations: mismatched orders of the images for the chance level, 0 for none.
-        seed: of both.
+        seed: of both, and of random projections.
+        spatial, batch_size, device, precision, cache: see `features`.
         dtype: `float32` or `float64`; by default float64 where all that is compared is arrays in it, else float32.
         progress: show a bar on a terminal for the networks, and one for the resamples.
-        settings: further arguments of `features`: `spatial`, `batch_size`, `device`, `precision`, `cache`.
 
     Raises:
-        UserError: fewer than two layers, networks that saw different numbers of images, or as `features` and `Measure`
-            say.
+        UserError: fewer than two layers, networks that saw different images, an option that has no meaning for what is
+            compared, or as `features` and `Measure` say.
     """
     chosen = get_measure(measure) if isinstance(measure, str) else measure
+    if chosen.repeats:
+        raise UserError(
+            f"{chosen.name} takes repeated measurements (repeats, n, p), which nothing compared here has; call the "
+            "measure itself, get_measure(name)(x, y)"
+        )
     opened = open_subjects(subjects, controls=controls, over_training=over_training)
-    if (images is None or isinstance(images, int)) and any(one.open is not None for one in opened):
-        images = common_images([one.run for one in opened if one.run is not None], images)
-    numerics = _numerics(opened, settings.get("device"), dtype)
+    if any(one.open is not None for one in opened):
+        if images is None or isinstance(images, int):
+            runs = [one.run for one in opened if one.run is not None]
+            images = common_images(runs, IMAGES if images is None else images)
+    elif images is not None or layers != "ends" or over_training:
+        named = {"images": images is not None, "layers": layers != "ends", "over_training": over_training}
+        given = next(name for name, is_given in named.items() if is_given)
+        raise UserError(f"{given} has no meaning for arrays; allowed: with runs and networks")
+    numerics = _numerics(opened, device, dtype)
     represented: dict[Layer, Any] = {}
-    sizes: dict[str, int] = {}
+    seen: dict[str, tuple[int, str | None]] = {}
     for subject in tqdm(opened, desc="networks", disable=None if progress else True):
-        for layer, values in subject.layers(images, layers, **settings).items():
-            check_shape(values, repeats=chosen.repeats)
-            check_resamples(values.shape[-2], resamples)
-            sizes[layer.regime] = values.shape[-2]
-            represented[layer] = chosen.represent(values, numerics)
-    if len(set(sizes.values())) > 1:
-        counts = ", ".join(f"{regime} {n}" for regime, n in sizes.items())
-        raise UserError(f"the networks saw different numbers of images: {counts}; a comparison needs the same images")
+        found, named_layers = subject.read(
+            images, layers, spatial=spatial, batch_size=batch_size, device=device, precision=precision, cache=cache,
+            seed=seed,
+        )  # fmt: skip
+        seen[subject.regime] = len(found.indices), found.record.get("images")
+        _check_same_images(seen)
+        for layer in named_layers:
+            try:
+                check_shape(found[layer.name])
+                check_resamples(len(found[layer.name]), resamples)
+                represented[layer] = chosen.represent(found[layer.name], numerics)
+            except UserError as error:
+                raise UserError(f"{layer}: {error}") from None
     everything = tuple(represented)
     if len(everything) < 2:
         raise UserError(f"a comparison needs two layers or more, not {len(everything)}")
-    n = next(iter(sizes.values()))
+    (n, _), *_ = seen.values()
     pairs = _pairs(everything, chosen)
     scores = score_pairs(chosen, represented, pairs, n, resamples, permutations, seed, progress=progress)
     record = {
         "n": n,
+        "images": next((shown for _, shown in seen.values() if shown), None),
         "layers": layers if isinstance(layers, str) else dict(layers),
         "controls": list(controls),
         "resamples": resamples,
+        "interval": interval_of(chosen) if resamples else None,
         "permutations": permutations,
         "seed": seed,
+        "spatial": spatial,
+        "precision": precision,
         "dtype": str(numerics.dtype).removeprefix("torch."),
         "unlearned": list(dict.fromkeys(one.regime for one in opened if not one.learned)),
+        "data": sorted({one.run.config.data for one in opened if one.run is not None}),
+        "version": __version__,
         "runs": list(dict.fromkeys(str(one.run.path) for one in opened if one.run is not None)),
-        **{name: str(value) for name, value in settings.items() if name != "cache"},
     }
     return Comparison(chosen, everything, scores, record)
 
 
-def _numerics(opened: Sequence[Subject], device: Any, dtype: str | None) -> Numerics:
+def _check_same_images(seen: Mapping[str, tuple[int, str | None]]) -> None:
+    """Raise UserError where features are known to be of different images: by number, or by the hash of all pixels."""
+    if len({n for n, _ in seen.values()}) > 1:
+        counts = ", ".join(f"{regime} {n}" for regime, (n, _) in seen.items())
+        raise UserError(f"the networks saw different numbers of images: {counts}; a comparison needs the same images")
+    if len({shown for _, shown in seen.values() if shown}) > 1:
+        raise UserError(f"{' and '.join(seen)} saw different images; a comparison needs the same in the same order")
+
+
+def _numerics(opened: Sequence[Subject], device: Any, dtype: Precision | None) -> Numerics:
     """Return one precision for all layers, for they are multiplied with each other."""
     given = [values for one in opened if one.features is not None for values in one.features.values()]
     wide = all(one.open is None for one in opened) and all(values.dtype == np.float64 for values in given)
@@ -270,9 +316,17 @@ def _over_training(a: Layer, b: Layer) -> bool:
     return a.step == b.step
 
 
+def _every_pair(scores: Mapping[tuple[Layer, Layer], Score], measure: Measure) -> list[str]:
+    """Return a line for each pair of different layers: of networks that are not runs, depths say little."""
+    between = "with" if measure.symmetric else "predicts"
+    return [f"  {a} {between} {b}  {score}" for (a, b), score in scores.items() if a != b]
+
+
 def _title(a: str, b: str, measure: Measure, point: ProfilePoint) -> str:
     of = {True: " of the same seed", False: " of different seeds", None: ""}[point.same_seed]
+    over = "" if point.low is None else f"; intervals over {point.over}"
     number = f"{point.seed_pairs} pair{'s' * (point.seed_pairs > 1)} of runs{of}"
     if a == b:
-        return f"{a} {'against' if measure.symmetric else 'from'} itself, {number}: as different as seeds are"
-    return f"{a} against {b}, {number}" if measure.symmetric else f"{b} predicted from {a}, {number}"
+        how = f"{a} against itself" if measure.symmetric else f"{a} predicted from itself, in both directions"
+        return f"{how}, {number}: as different as seeds are{over}"
+    return f"{a} against {b}, {number}{over}" if measure.symmetric else f"{b} predicted from {a}, {number}{over}"

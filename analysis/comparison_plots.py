@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from localsim.analysis.regimes import Layer
 
 FLOOR = "#777777"
+SEEDS = "two seeds of its own"
 NAMED = 30
 """Matrices of more layers name networks only."""
 
@@ -109,9 +110,9 @@ def similarity_profiles(comparison: Comparison) -> Figure:
         if floor := comparison.profile(regime, regime):
             depth, low, high = ([getattr(point, name) for point in floor] for name in ("depth", "low", "high"))
             value = [point.value for point in floor]
-            (drawn["two seeds of it"],) = axes.plot(depth, value, color=FLOOR, linewidth=1.2, linestyle="--")
+            (drawn[SEEDS],) = axes.plot(depth, value, color=FLOOR, linewidth=1.2, linestyle="--")
             if low[0] is not None:
-                drawn["two seeds of it"] = axes.fill_between(depth, low, high, color=FLOOR, alpha=0.3, linewidth=0)
+                drawn[SEEDS] = axes.fill_between(depth, low, high, color=FLOOR, alpha=0.3, linewidth=0)
         for number, other in enumerate(regimes):
             points = comparison.profile(regime, other, same_seed=not several) or comparison.profile(regime, other)
             if other == regime or not points:
@@ -126,9 +127,9 @@ def similarity_profiles(comparison: Comparison) -> Figure:
     _scale(panels, comparison)
     _share_labels(figure, panels, "depth (share of the unit blocks)", _unit(comparison))
     pairs = f"\npairs of runs of {'different seeds' if several else 'the same seed'}"
-    order = [*(regime for regime in regimes if regime in drawn), "two seeds of it"]
+    order = [*(regime for regime in regimes if regime in drawn), SEEDS]
     shown = [name for name in order if name in drawn]
-    title = " ".join(_towards(comparison)) + pairs + _bars_are(comparison)
+    title = f"{_relation(comparison)} the\npanel's regime{pairs}{_bars_are(comparison)}"
     figure.legend([drawn[name] for name in shown], list(map(_wrapped, shown)), loc="outside right upper", title=title)
     return figure
 
@@ -160,7 +161,11 @@ def similarity_map(comparison: Comparison, regimes: Sequence[str] | None = None)
     axes.set_aspect("equal", adjustable="datalim")
     axes.set(xlabel=f"first dimension ({shares[0]:.0%} of squared distance)",
              ylabel=f"second dimension ({shares[1]:.0%})")  # fmt: skip
-    axes.set_title(f"Map by {comparison.measure.name}, n = {comparison.record['n']} images")
+    part = "" if regimes is None else f" of {', '.join(regimes)}" if len(regimes) < 3 else " without the others"
+    distance = "" if comparison.measure.kind == "distance" else ", distance sqrt(2 - 2 s)"
+    axes.set_title(
+        _wrapped(f"Map{part} by {comparison.measure.name}{distance}, n = {comparison.record['n']} images", 62)
+    )
     figure.legend(loc="outside right upper", title="regime\n(small, open: lowest\nlayer; large: highest)")
     return figure
 
@@ -179,6 +184,7 @@ def similarity_over_training(comparison: Comparison) -> Figure:
     columns = _columns(trained)
     rows = {"its own end": None, "its beginning": 0, **({f"{regimes[0]},\nsame step": -1} if len(regimes) > 1 else {})}
     figure, _ = new_figure(2.2 + 1.7 * len(columns), 0.9 + 1.9 * len(rows), axes=False)
+    word = _relation(comparison).split()[-1] if comparison.measure.symmetric else "predicting"
     grid = figure.subplots(len(rows), len(columns), sharex=True, sharey=True, squeeze=False)
     colour = _colours(comparison)
     handles = {}
@@ -195,7 +201,7 @@ def similarity_over_training(comparison: Comparison) -> Figure:
                     )  # fmt: skip
             if against is None:
                 axes.set_title(name, fontsize=9.5)
-        axes_row[0].set_ylabel(f"{_towards(comparison)[-1]} {title}")
+        axes_row[0].set_ylabel(f"{word} {title}")
     _scale(list(grid.flat), comparison)
     figure.supxlabel("training step")
     figure.supylabel(_unit(comparison))
@@ -266,11 +272,11 @@ def _bars(points: Sequence) -> np.ndarray | None:
     return np.abs([[point.value - point.low for point in points], [point.high - point.value for point in points]])
 
 
-def _towards(comparison: Comparison) -> tuple[str, ...]:
-    """Return the words between what is compared and what it is compared with; the first predicts the second."""
+def _relation(comparison: Comparison) -> str:
+    """Return the words between what a line stands for and what it is compared with."""
     if not comparison.measure.symmetric:
-        return ("predicting",)
-    return ("likeness", "with") if comparison.measure.kind == "similarity" else ("distance", "from")
+        return "predicted from"
+    return "likeness with" if comparison.measure.kind == "similarity" else "distance from"
 
 
 def _bars_are(comparison: Comparison) -> str:
@@ -319,8 +325,8 @@ def _marker(comparison: Comparison, regime: str) -> str:
     return MARKERS[(place + place // len(COLOURS)) % len(MARKERS)]
 
 
-def _wrapped(regime: str) -> str:
-    return textwrap.fill(regime, 22)
+def _wrapped(words: str, width: int = 22) -> str:
+    return textwrap.fill(words, width)
 
 
 def _network(layer: Layer) -> str:

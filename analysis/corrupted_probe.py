@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,13 +27,13 @@ from localsim.errors import UserError, one_of
 from localsim.files import write_json, write_text
 from localsim.network import LocalNetwork
 from localsim.opening import open_data, open_device
-
-if TYPE_CHECKING:
-    from localsim.runs import Run
+from localsim.rng import key
+from localsim.runs import Run, opened_run, writing
 
 CLEAN, MEAN = "clean", "mean"
 """Rows that stand for no single corruption: the images as they are, and the mean over corruptions and severities."""
 RESAMPLES = 2000
+LONGEST_IN_NAME = 40
 _RESAMPLES_AT_ONCE = 100
 
 
@@ -144,7 +145,7 @@ class RobustnessTable:
 
 
 def robustness(
-    run: Run,
+    run: Run | str | Path,
     *,
     data: Data | None = None,
     trained: LocalNetwork | None = None,
@@ -155,9 +156,13 @@ def robustness(
     test_images: int | None = None,
     seed: int = 0,
     reference: Mapping[str, float] | None = None,
-    name: str = "robustness",
+    name: str | None = None,
 ) -> RobustnessTable:
     """Probe a run's stages on corrupted test images beside its controls, and store `<name>.json` and `<name>.csv`.
+
+    The files lie in the run's folder. By default their name is `robustness` and the options that differ from the
+    defaults, as in `robustness-corruptions=fog-severities=1+5.json`; what is long is shortened to six digits made from
+    it. Files that exist are never replaced.
 
     For every stage, `probes.linear_probe` is fitted on the pooled output for clean training images, and evaluated on
     the test images as they are and under each corruption and severity (Hendrycks & Dietterich 2019, section 4, there
@@ -166,7 +171,7 @@ def robustness(
     holds one corrupted batch at a time.
 
     Args:
-        run: a run with a checkpoint; of a rule without taps, only the controls are probed.
+        run: a run with a checkpoint, or its folder; of a rule without taps, only the controls are probed.
         data: the images; by default the run's own.
         trained: the network, where it is in memory already.
         corruptions: names in `corruptions.CORRUPTIONS`, all by default.
@@ -179,24 +184,55 @@ def robustness(
         reference: error of a reference classifier by corruption, its mean over the severities, such as AlexNet's on
             ImageNet-C; with it, the rows `mean` carry an mCE (equation 1 of the paper, not in per cent). Needs all five
             severities.
-        name: of the files.
+        name: of the files, in place of the default.
 
     Raises:
         UserError: an unknown corruption, severity or stage, one given twice, too few test images, data without labels,
-            or a reference that misses a corruption.
+            a reference that misses a corruption, files that exist, or a run that is being written.
     """
-    config = run.config
+    run = opened_run(run)
     names = _chosen("corruption", list(CORRUPTIONS) if corruptions is None else corruptions, tuple(CORRUPTIONS))
     levels = _chosen("severity", severities, SEVERITIES)
-    conditions = [(CLEAN, 0), *((corruption, severity) for corruption in names for severity in levels)]
     _check_reference(reference, names, levels)
+    limit = run.config.probe_images if images is None else images
+    if name is None:
+        asked = {"corruptions": (names, list(CORRUPTIONS)), "severities": (levels, list(SEVERITIES)),
+                 "stages": (None if stages is None else [*stages], None), "images": (limit, run.config.probe_images),
+                 "test_images": (test_images, None), "seed": (seed, 0), "reference": (reference, None)}  # fmt: skip
+        name = "-".join(["robustness", *(_named(o, value) for o, (value, usual) in asked.items() if value != usual)])
+    stored, listed = (run.path / f"{name}.{end}" for end in ("json", "csv"))
+    with writing(run.path):
+        for file in (stored, listed):
+            if file.exists():
+                raise UserError(f"{file} exists already; give another name, or move it away to make it anew")
+        table = _measured(run, data, trained, names, levels, stages, limit, test_images, seed, reference)
+        write_json(stored, table.to_json())
+        write_text(listed, table.to_csv())
+    return table
+
+
+def _named(option: str, value: Any) -> str:
+    """Return an option and its value as part of a file's name."""
+    text = "+".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, Mapping) or len(text) > LONGEST_IN_NAME:
+        text = f"{key(str(value)) % 16**6:06x}"
+    return f"{option}={text}"
+
+
+def _measured(
+    run: Run, data: Data | None, trained: LocalNetwork | None, names: list[str], levels: list[int],
+    stages: Sequence[int] | None, limit: int | None, test_images: int | None, seed: int,
+    reference: Mapping[str, float] | None,
+) -> RobustnessTable:  # fmt: skip
+    """Return the table of `robustness`, whose arguments these are, of `limit` training images."""
+    config = run.config
+    conditions = [(CLEAN, 0), *((corruption, severity) for corruption in names for severity in levels)]
     data = open_data(config) if data is None else data
     if data.probe_train is None or data.test is None:
         raise UserError(f"data set {data.name!r} has no labelled training and test images to probe on")
     test = data.test if test_images is None else class_balanced(data.test, test_images, "test")
     if len(test) < MIN_TEST_IMAGES:
         raise UserError(f"robustness needs at least {MIN_TEST_IMAGES} test images, not {len(test)}")
-    limit = images or config.probe_images
     train = data.probe_train if limit is None else class_balanced(data.probe_train, limit, "train")
     device = trained.device if trained is not None else open_device(config.device)
     networks = with_controls(run, data, device, trained)
@@ -241,10 +277,7 @@ def robustness(
         "n_train": len(train),
     }  # fmt: skip
     rows = _rows(list(probes), conditions, correct, seed, 1 / len(data.classes), reference)
-    table = RobustnessTable(tuple(rows), settings)
-    write_json(run.path / f"{name}.json", table.to_json())
-    write_text(run.path / f"{name}.csv", table.to_csv())
-    return table
+    return RobustnessTable(tuple(rows), settings)
 
 
 def _evaluate(

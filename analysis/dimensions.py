@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from localsim.analysis.separability import ROUNDING, Features, checked_features
+from localsim.analysis.separability import ROUNDING, Features, UndefinedError, checked_features
 from localsim.errors import UserError
 
 FEWEST_RANKS = 3
@@ -107,14 +107,14 @@ def power_law(eigenvalues: ArrayLike, *, first: int | None = None, last: int | N
     last = min(500, (positive - 1) // 2) if last is None else last
     first = max(1, min(11, last // 10)) if first is None else first
     if not 1 <= first <= last - FEWEST_RANKS + 1 or last > len(eigenvalues):
-        raise UserError(
+        raise UndefinedError(
             f"a slope over ranks {first} to {last} is not possible: it needs at least {FEWEST_RANKS} ranks between 1 "
             f"and {len(eigenvalues)} (by default at least 7 positive eigenvalues; there are {positive})"
         )
     fitted = eigenvalues[first - 1 : last]
     if not (fitted > 0).all():
         rank = first + int(np.argmin(fitted > 0))
-        raise UserError(
+        raise UndefinedError(
             f"eigenvalue {rank} is {fitted[rank - first]:g}; a slope over ranks {first} to {last} needs > 0"
         )
     rank = np.arange(first, last + 1)
@@ -188,4 +188,4 @@ def _gram(centred: np.ndarray) -> np.ndarray:
 def _refuse_constant(x: np.ndarray) -> None:
     # what rounding leaves of equal rows is no direction
     if np.square(x - x.mean(0)).sum() <= ROUNDING * np.square(x).sum():
-        raise UserError(f"features of {len(x)} images do not vary over the images: they have no spectrum")
+        raise UndefinedError(f"features of {len(x)} images do not vary over the images: they have no spectrum")

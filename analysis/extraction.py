@@ -57,6 +57,10 @@ def features(
     The network runs in evaluation mode without gradients and is left as it was. Every batch is reduced as soon as a
     layer has run; nothing else is kept. Where a layer runs several times in one pass, its last output counts.
 
+    Rows are what a layer's first axis counts, and it must be as long as the batch. Of a layer that puts something else
+    first, as a recurrent or attention layer without `batch_first` does with time `(t, n, d)`, rows would be steps in
+    time: this is refused where t is not the number of images in a batch and goes unnoticed where it is.
+
     Args:
         source: a run or its folder, any module, `torchvision:NAME`, `timm:NAME`: see `Source.of`, which also gives a
             run's snapshots and its untrained twin.
@@ -136,7 +140,8 @@ def features(
         return read_folder(Path(to))
     parts: dict[str, list[np.ndarray]] = {point.key: [] for point in points}
     seen = extract(lambda name, rows: parts[name].append(rows))
-    return Features({name: np.concatenate(parts.pop(name)) for name in list(parts)}, *_rows(seen), record(seen))
+    joined = {name: _joined(parts.pop(name)) for name in list(parts)}
+    return Features(joined, *_rows(seen), record(seen))
 
 
 def _run(
@@ -161,7 +166,9 @@ def _run(
             try:
                 with autocast(precision, device.type)():
                     source.network(x)
-            except (RuntimeError, AssertionError) as error:
+            except UserError:
+                raise
+            except (RuntimeError, AssertionError, ValueError, TypeError, LookupError) as error:
                 cause = (str(error).splitlines() or [type(error).__name__])[0]
                 raise UserError(f"{source.name} cannot be run on images {tuple(x.shape[1:])}: {cause}") from error
             for point in points:
@@ -214,6 +221,10 @@ def _refuse_channels_last(output: Tensor, spatial: str, layer: str) -> None:
             f"{layer} gives an array {tuple(output.shape)}, whose channels seem to come last; allowed for spatial "
             f"{spatial}: maps (n, c, h, w), or take flatten or projectN, which ask for no order"
         )
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _rows(seen: Register) -> tuple[np.ndarray | None, np.ndarray]:

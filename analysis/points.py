@@ -98,7 +98,7 @@ def whole(h: Tensor, network: nn.Module, num_images: int, image_size: int, layer
     Raises:
         UserError: `h` is neither; `layer` is what it says gave it.
     """
-    if len(h) == num_images:
+    if h.ndim and len(h) == num_images:
         return h
     patches = network.patches if isinstance(network, LocalNetwork) else None
     rows, columns = (1, 1) if patches is None else patches.grid(image_size)

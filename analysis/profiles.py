@@ -24,7 +24,9 @@ class ProfilePoint:
         layer: name of the layer, in the first regime where the two differ.
         depth: the share of the trunk that lies in and below it.
         value: mean over pairs of runs.
-        low, high: its 95 % interval over images and, where a regime has several, over seeds; None without resamples.
+        low, high: its 95 % interval; None without resamples.
+        over: what the interval is over: `images and seeds`, or `images` where there is one pair of runs. For a floor,
+            which is made of pairs within a regime, the former takes three seeds.
         n: images.
         seed_pairs: how many pairs of runs the mean is over.
         same_seed: whether the runs of a pair share a seed, thus their initialisation and order of images; None where
@@ -36,6 +38,7 @@ class ProfilePoint:
     value: float
     low: float | None
     high: float | None
+    over: str
     n: int
     seed_pairs: int
     same_seed: bool | None
@@ -52,6 +55,7 @@ def profile_of(
     *,
     same_seed: bool = False,
     symmetric: bool = True,
+    bounds: tuple[float, float] = (-np.inf, np.inf),
 ) -> list[ProfilePoint]:
     """Return how alike corresponding layers of two regimes are, lowest first.
 
@@ -64,6 +68,7 @@ def profile_of(
         first, second: layers of all runs of the two regimes; the same list for a regime and itself.
         same_seed: which pairs of runs; networks without seeds count as of different ones.
         symmetric: whether both orders of a pair have one score.
+        bounds: the range of scores, which no interval leaves.
 
     Returns:
         A point for each layer name of the first regime that has a counterpart in the second; none where there are no
@@ -83,7 +88,7 @@ def profile_of(
                 if related == same_seed and (found := score(a, b)) is not None:
                     pairs[a, b] = found
         if pairs:
-            points.append(_point(pairs, same_seed))
+            points.append(_point(pairs, same_seed, bounds))
     return points
 
 
@@ -98,14 +103,18 @@ def _counterparts(layer: Layer, others: Sequence[Layer]) -> list[Layer]:
     return [other for other in nearest if away(other)[0] <= CORRESPOND]
 
 
-def _point(pairs: dict[tuple[Layer, Layer], Score], same_seed: bool) -> ProfilePoint:
+def _point(pairs: dict[tuple[Layer, Layer], Score], same_seed: bool, bounds: tuple[float, float]) -> ProfilePoint:
     (a, _), *_ = pairs
     scores = list(pairs.values())
     value = float(np.mean([score.value for score in scores]))
     draws = np.stack([score.draws for score in scores])  # pairs x resamples
-    low, high = (None, None) if not draws.size else centred_interval(value, _over_seeds(list(pairs), draws, same_seed))
+    low = high = None
+    if draws.size:
+        low, high = centred_interval(value, _over_seeds(list(pairs), draws, same_seed), *bounds)
+    runs = len({frozenset(((a.regime, a.seed), (b.regime, b.seed))) for a, b in pairs})
+    over = "images and seeds" if runs > 1 else "images"
     unseeded = any(layer.seed is None for pair in pairs for layer in pair)
-    return ProfilePoint(a.name, a.depth, value, low, high, scores[0].n, len(pairs), None if unseeded else same_seed)
+    return ProfilePoint(a.name, a.depth, value, low, high, over, scores[0].n, runs, None if unseeded else same_seed)
 
 
 def _over_seeds(pairs: Sequence[tuple[Layer, Layer]], draws: np.ndarray, same_seed: bool) -> np.ndarray:

@@ -72,26 +72,21 @@ class Subject:
     run: Run | None = None
     learned: bool = True
 
-    def layers(self, images: Any, choice: str | Mapping[str, Any], **settings: Any) -> dict[Layer, np.ndarray]:
-        """Return the features of its layers, lowest first.
+    def read(self, images: Any, choice: str | Mapping[str, Any], **settings: Any) -> tuple[Features, list[Layer]]:
+        """Return the features of its layers and the layers, lowest first.
 
         Args:
             images: see `localsim.analysis.features`.
             choice: of layers, see `compare`; features that are given are all taken.
             settings: its other arguments.
         """
-        found = self.features
         if self.open is not None:
             source = self.open()
             found = features(source, images, **layers_to_read(self.run, choice), **settings)
-            named = layers_of(source, found.names, self.regime, self.seed, self.step)
-        else:
-            assert found is not None
-            named = [
-                Layer(self.regime, self.seed, self.step, name, (place + 1) / len(found))
-                for place, name in enumerate(found)
-            ]
-        return {layer: found[layer.name] for layer in named}
+            return found, layers_of(source, found.names, self.regime, self.seed, self.step)
+        assert self.features is not None
+        depths = {name: (place + 1) / len(self.features) for place, name in enumerate(self.features)}
+        return self.features, [Layer(self.regime, self.seed, self.step, name, depths[name]) for name in depths]
 
 
 def open_subjects(
@@ -148,16 +143,21 @@ def regime_names(configs: Sequence[Config]) -> list[str]:
 
 
 def common_images(runs: Sequence[Run], number: int | None) -> ImageSet:
-    """Return the runs' test images, `number` of them balanced over classes.
+    """Return the runs' test images, `number` of them balanced over classes; None: all.
 
     Raises:
         UserError: there is no run, the runs have other images each, or none for testing.
     """
     if not runs:
-        raise UserError("networks without a run have no images of their own; give images")
+        raise UserError(
+            "networks without a run have no images of their own; give images, in Python compare(images=...)"
+        )
     seen = {(run.config.data, run.config.test_images) for run in runs}
     if len(names := sorted({data for data, _ in seen})) > 1:
-        raise UserError(f"the runs were trained on {', '.join(names)}; give the images to compare them on")
+        raise UserError(
+            f"the runs were trained on {', '.join(names)}; give the images to compare them on, in Python "
+            "compare(images=...)"
+        )
     test = open_data(max(runs, key=lambda run: run.config.image_size).config).test
     if test is None:
         raise UserError(f"data set {runs[0].config.data!r} has no test images; give images")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,16 @@ from localsim.analysis.extraction import features
 from localsim.analysis.geometry import GeometryRow
 from localsim.analysis.regimes import Layer, common_images, layers_of, layers_to_read
 from localsim.analysis.sources import Source
+from localsim.analysis.statistics import check_resamples
 from localsim.data import AUGMENTATIONS, ImageSet, ViewLoader
 from localsim.errors import UserError
-from localsim.runs import Run
+from localsim.runs import Run, opened_run
 
 BATCH = 128
 
 
 def stage_geometry(
-    run: Run,
+    run: Run | str | Path,
     *,
     which: str | int = "trained",
     layers: str | Mapping[str, Any] = "stages",
@@ -34,8 +36,11 @@ def stage_geometry(
 ) -> dict[Layer, list[GeometryRow]]:
     """Return `geometry.describe` of every stage of a run, lowest first: features are maps averaged over positions.
 
+    Images and views are shown in the run's precision. What is not defined for a stage, such as one that has collapsed,
+    is left out of its rows, see `geometry.describe`.
+
     Args:
-        run: with test images.
+        run: with test images, or its folder.
         which: `trained`, `untrained`, or the step of a snapshot.
         layers: `stages`, or other layers, see `compare`; `ends` are the same places however a backbone is cut.
         images: how many test images, balanced over classes; None: all. Most quantities depend on their number.
@@ -44,28 +49,26 @@ def stage_geometry(
         cache: see `features`.
 
     Raises:
-        UserError: there are no test images, one view only, or as `geometry.describe` says.
+        UserError: there are no test images, one view only, or as `geometry.describe` says, with the layer's name.
     """
     if views == 1:
         raise UserError("views is 1; allowed: 0 (none), or 2 or more, which can be compared")
+    run = opened_run(run)
     source, shown = Source.of(run, which=which), common_images([run], images)
-    choice = layers_to_read(run, layers)
-    plain = features(source, shown, cache=cache, **choice)
-    seen = [
-        features(_as_it_is(source), view, cache=cache, **choice) for view in _views(run, source, shown, views, seed)
-    ]
+    check_resamples(len(shown), resamples)
+    read = partial(features, precision=run.config.precision, cache=cache, **layers_to_read(run, layers))
+    plain = read(source, shown)
+    seen = [read(_as_it_is(source), view) for view in _views(run, source, shown, views, seed)]
     step = {"trained": None, "untrained": 0}.get(str(which), which)
     named = layers_of(source, plain.names, run.config.rule, run.config.seed, step if step is None else int(step))
-    return {
-        layer: geometry.describe(
-            plain[layer.name],
-            plain.labels,
-            np.stack([view[layer.name] for view in seen]) if seen else None,
-            resamples=resamples,
-            seed=seed,
-        )
-        for layer in named
-    }
+    found = {}
+    for layer in named:
+        stacked = np.stack([view[layer.name] for view in seen]) if seen else None
+        try:
+            found[layer] = geometry.describe(plain[layer.name], plain.labels, stacked, resamples=resamples, seed=seed)
+        except UserError as error:
+            raise UserError(f"{layer.name}: {error}") from error
+    return found
 
 
 def _as_it_is(source: Source) -> Source:

@@ -25,6 +25,10 @@ ROUNDING = 1e-24
 """Share of a sum of squares that is what rounding leaves of a difference between equal numbers."""
 
 
+class UndefinedError(UserError):
+    """Features are fine, but a quantity has no value for them: they are all equal, say, or a row has no direction."""
+
+
 @dataclass(frozen=True)
 class ClassSeparability:
     """How a cloud of features divides into its classes; see `class_separability`.
@@ -153,7 +157,8 @@ def shared_variance(views: Features) -> float:
     z = given - given.mean(1, keepdims=True)
     within = np.square(z).sum()
     if within <= ROUNDING * np.square(given).sum():
-        raise UserError(f"features of {z.shape[1]} images do not vary over the images: they have no variance to share")
+        what = f"features of {z.shape[1]} images do not vary over the images"
+        raise UndefinedError(f"{what}: they have no variance to share")
     return float((np.square(z.sum(0)).sum() - within) / (within * (len(z) - 1)))
 
 
@@ -262,7 +267,7 @@ def _unit(x: np.ndarray) -> np.ndarray:
     largest = np.abs(x).max(1, keepdims=True)
     zero = np.count_nonzero(largest == 0)
     if zero:
-        raise UserError(f"{zero} of {len(x)} feature rows are zero and have no direction on the unit sphere")
+        raise UndefinedError(f"{zero} of {len(x)} feature rows are zero and have no direction on the unit sphere")
     x = x / largest
     return x / np.linalg.norm(x, axis=1, keepdims=True)
 
@@ -289,7 +294,7 @@ def _separability(x: np.ndarray, y: np.ndarray) -> ClassSeparability:
     rounding = max(s[0] * max(means.shape) * np.finfo(float).eps, math.sqrt(ROUNDING * np.square(x).mean(0).sum()))
     kept = (s > rounding) & (np.arange(len(s)) < len(counts) - 1)
     if not kept.any():
-        raise UserError(f"the means of all {len(counts)} classes are equal: NC1 is not defined")
+        raise UndefinedError(f"the means of all {len(counts)} classes are equal: NC1 is not defined")
     scatter = np.square(residual @ directions[kept].T).sum(0) / len(x)
     return ClassSeparability(
         between_over_within=float((total - within) / within) if within > ROUNDING * total else math.inf,

@@ -49,15 +49,17 @@ def resample(n: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
         yield np.random.default_rng(key(seed, "resample", number)).integers(n, size=n)
 
 
-def centred_interval(estimate: float, draws: ArrayLike) -> tuple[float, float]:
-    """Return the 95 % interval of an estimate from scores of resamples `(r,)`.
+def centred_interval(
+    estimate: float, draws: ArrayLike, lowest: float = -np.inf, highest: float = np.inf
+) -> tuple[float, float]:
+    """Return the 95 % interval of an estimate from scores of resamples `(r,)`, cut to the range of what is estimated.
 
     The draws' spread about their own mean is laid around the estimate: half the images give a biased score another
     bias, which belongs to the half and not to the estimate.
     """
     draws = np.asarray(draws, dtype=np.float64)
     low, high = np.quantile(draws - draws.mean(), [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
-    return float(estimate + low), float(estimate + high)
+    return max(float(estimate + low), lowest), min(float(estimate + high), highest)
 
 
 def shuffles(n: int, number: int, seed: int) -> Iterator[np.ndarray]:

@@ -34,7 +34,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,11 +49,9 @@ from localsim.errors import UserError
 from localsim.network import LocalNetwork
 from localsim.opening import open_data, open_device, open_loader
 from localsim.rng import key as key_of
+from localsim.runs import Run, opened_run
 from localsim.schedule import Schedule
 from localsim.sources import scaled_views, set_modes
-
-if TYPE_CHECKING:
-    from localsim.runs import Run
 
 LEVELS = ("parameter", "unit", "stage", "network")
 FEWEST_BATCHES = 3
@@ -204,7 +203,7 @@ def gradient_alignment(
 
 
 def alignment_over_training(
-    run: Run, *, batches: int = 8, batch_size: int | None = None, seed: int = 0, data: Data | None = None
+    run: Run | str | Path, *, batches: int = 8, batch_size: int | None = None, seed: int = 0, data: Data | None = None
 ) -> AlignmentTable:
     """Return the alignment at the start, at every snapshot and at the end of a run, as means over batches.
 
@@ -212,7 +211,7 @@ def alignment_over_training(
     all draws are the same at every step, so that steps can be compared.
 
     Args:
-        run: a run with a checkpoint.
+        run: a run with a checkpoint, or its folder.
         batches: how many, 3 or more.
         batch_size: images in a batch; by default the run's. Losses that compare images and batch norms depend on it.
         seed: of the batches and of the draws.
@@ -221,6 +220,7 @@ def alignment_over_training(
     Raises:
         UserError: the rule has no tap, there is no checkpoint, or the images do not fill so many batches.
     """
+    run = opened_run(run)
     config = run.config
     groups = _groups(run.network())
     which: dict[int, str | int] = {0: "untrained", **{step: step for step in run.snapshots}, run.step: "trained"}

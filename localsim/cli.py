@@ -165,8 +165,9 @@ def make_parser() -> argparse.ArgumentParser:
     what.add_argument("--layers", metavar="WHICH", default="ends",
                       help="ends (default: what ends the backbone's own stages), stages, units, readouts, or modules "
                            "by name: layer2,layer3.0.conv1")  # fmt: skip
-    what.add_argument("--spatial", metavar="HOW", help="maps become vectors by their mean (default), 2x2 (any k x k), "
-                      "flatten, or project1000 (any number)")  # fmt: skip
+    what.add_argument("--spatial", metavar="HOW", default="mean",
+                      help="maps become vectors by their mean (default), 2x2 (any k x k), flatten, or project1000 (any "
+                           "number)")  # fmt: skip
     what.add_argument(
         "--images", metavar="N", type=int, default=1000, help="test images, or all if they are fewer (default 1000)"
     )

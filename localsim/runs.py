@@ -114,6 +114,15 @@ def load_run(path: str | Path) -> Run:
     return Run(path, Config.from_json(_read_json(path / "config.json"), path / "config.json"))
 
 
+def opened_run(run: Run | str | Path) -> Run:
+    """Return a run, given itself or its folder; UserError if it is neither."""
+    if isinstance(run, str | Path):
+        return load_run(run)
+    if not isinstance(run, Run):
+        raise UserError(f"a run is needed, not an object of type {type(run).__name__}; allowed: a Run or its folder")
+    return run
+
+
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 

@@ -23,11 +23,13 @@ def find(runs: list[Run]) -> Result:
     rows, drawn = [], {}
     for network in open_subjects(runs):
         lines = drawn[f"{network.regime} seed {network.seed}" if several else network.regime] = []
-        for layer, features in network.layers(images, LAYERS).items():
-            found = [row for row in geometry.describe(features, resamples=100) if row.quantity in QUANTITIES]
+        features, layers = network.read(images, LAYERS)
+        for layer in layers:
+            x = features[layer.name]
+            found = [row for row in geometry.describe(x, resamples=100) if row.quantity in QUANTITIES]
             lines.append((layer.name, found))
             row = {"regime": layer.regime, "seed": layer.seed, "layer": layer.name, "depth": layer.depth,
-                   "width": features.shape[1], "n": len(features)}  # fmt: skip
+                   "width": x.shape[1], "n": len(x)}  # fmt: skip
             for one in found:
                 row |= {one.quantity: one.value, f"{one.quantity}_low": one.low, f"{one.quantity}_high": one.high}
             rows.append(row)

@@ -18,6 +18,7 @@ from localsim.analysis.similarity import (
 )
 from localsim.analysis.similarity.alignment import cka
 from localsim.analysis.similarity.canonical import cca, pwcca, svcca
+from localsim.analysis.similarity.dissimilarity import rdm
 from localsim.analysis.similarity.measure import INVARIANCES, Measure
 from localsim.analysis.similarity.neighbours import mutual_knn
 from localsim.analysis.similarity.prediction import predictivity
@@ -28,7 +29,7 @@ from localsim.errors import one_of
 
 __all__ = [
     "INVARIANCES", "MEASURES", "Measure", "Score", "cca", "cka", "get_measure", "mutual_knn", "predictivity",
-    "procrustes", "pwcca", "rsa", "score_pairs", "similarity", "svcca",
+    "procrustes", "pwcca", "rdm", "rsa", "score_pairs", "similarity", "svcca",
 ]  # fmt: skip
 
 _FAMILIES = (alignment, representational, shape, canonical, prediction, latent, neighbours)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,8 +24,17 @@ from localsim.analysis.similarity.kernels import (
     u_centre_,
     within,
 )
-from localsim.analysis.similarity.measure import MIN_IMAGES, Array, Measure, Numerics, check_shape, take_square
+from localsim.analysis.similarity.measure import (
+    MIN_IMAGES,
+    Array,
+    Measure,
+    Numerics,
+    Precision,
+    check_shape,
+    take_square,
+)
 from localsim.errors import UserError, one_of
+from localsim.rng import key
 
 KERNELS = ("linear", "rbf")
 FRACTION = 0.8
@@ -39,6 +49,19 @@ class Aligned:
 
     kernels: tuple[Kernel, ...]
     norm: float
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch of the images.
+
+    Attributes:
+        images: their indices `(m,)`, on the CPU.
+        matrix: U-centred inner products `(m, m)`.
+    """
+
+    images: Tensor
+    matrix: Tensor
 
 
 def cka_measure(
@@ -56,8 +79,8 @@ def cka_measure(
         kind = f"a Gaussian of their distance, of width {fraction:g} times the median distance"
         represent, transform = _distances, partial(_rbf_aligned, fraction=fraction, debiased=debiased)
     elif batch:
-        kind += f", within batches of {batch} consecutive images"
-        represent, transform = partial(_batches, batch=batch), partial(_aligned, debiased=True)
+        kind += f", within random batches of {batch} images"
+        represent, transform = partial(_batches, batch=batch), _aligned_batches
         take = _take_from_batches
     else:
         represent, transform = partial(_centred, debiased=debiased), partial(_aligned_one, debiased=debiased)
@@ -93,7 +116,7 @@ def cka(
     fraction: float | None = None,
     batch: int | None = None,
     device: str | torch.device | None = None,
-    dtype: str | None = None,
+    dtype: Precision | None = None,
 ) -> float:
     """Return the centred kernel alignment of two layers, a similarity.
 
@@ -113,19 +136,19 @@ def cka(
         kernel: `linear` or `rbf`.
         debiased: use the unbiased HSIC.
         fraction: width of the rbf kernel over the median distance (not squared) of different images; 0.8 by default.
-        batch: average the unbiased HSIC over batches of this many consecutive images (minibatch CKA of Nguyen et al.
-            2021), so that n x batch numbers are held per layer instead of n x n. Where n is no multiple, batches are
-            larger, as little and as evenly as possible, so that no image is left out. Images should come in random
-            order: where they are sorted by class, only images of one class are ever compared. Needs the linear kernel,
-            and `debiased=True`, since a bias would depend on the batch. Of some of the images (`take`, for
-            half-samples), each stays in its batch, so that batches shrink and none is made anew; a batch left with
-            fewer than 4 images is not counted. Mismatched orders of images, likewise, mismatch them within batches.
+        batch: average the unbiased HSIC over batches of this many images (minibatch CKA of Nguyen et al. 2021), so
+            that n x batch numbers are held per layer instead of n x n. Images are dealt to batches at random, always
+            the same way for n images, so that their order does not matter. Where n is no multiple, batches are larger,
+            as little and as evenly as possible, so that no image is left out. Needs the linear kernel, and
+            `debiased=True`, since a bias would depend on the batch. Of some of the images (`take`, for half-samples),
+            each stays in its batch, so that batches shrink and none is made anew; a batch left with fewer than 4
+            images is not counted. Mismatched orders of images, likewise, mismatch them within batches.
         device, dtype: where and how precisely to compute.
 
     Raises:
         UserError: fewer than 4 images, mismatched images, constant or non-finite features, more images than memory is
-            meant for, features by which every image is as far from every other (debiased), or options that do not go
-            together.
+            meant for, features by which every image is as far from every other (debiased), features too small or too
+            large for the squares of their inner products, or options that do not go together.
     """
     measure = cka_measure(kernel=kernel, debiased=debiased, fraction=fraction, batch=batch)
     return measure(x, y, device=device, dtype=dtype)
@@ -152,6 +175,7 @@ def _centred(x: Array, numerics: Numerics, *, debiased: bool) -> Tensor:
     # of a part of either matrix, centring once more gives what centring that part of the kernel itself would give
     room(len(x), numerics, FEWER)
     matrix = gram(x, numerics)
+    _check_size(matrix)
     return u_centre_(matrix) if debiased else matrix
 
 
@@ -161,22 +185,49 @@ def _distances(x: Array, numerics: Numerics) -> Tensor:
     return squared_distances_(gram(x, numerics))
 
 
-def _batches(x: Array, numerics: Numerics, *, batch: int) -> tuple[Tensor, ...]:
+def _batches(x: Array, numerics: Numerics, *, batch: int) -> tuple[Batch, ...]:
     check_shape(x)
-    n = len(x)
-    number = max(1, n // batch)
-    sizes = [n // number + (index < n % number) for index in range(number)]
-    room(max(sizes), numerics, "use smaller batches")
-    return tuple(u_centre_(matrix) for matrix in grams(x, numerics, sizes))
-
-
-def _take_from_batches(matrices: tuple[Tensor, ...], images: Tensor) -> tuple[Tensor, ...]:
-    taken, start = [], 0
+    dealt = _dealt(len(x), max(1, len(x) // batch))
+    room(max(map(len, dealt)), numerics, "use smaller batches")
+    matrices = grams(x, numerics, dealt if len(dealt) > 1 else None)  # one batch of all needs no reordering of features
     for matrix in matrices:
-        inside = images[(images >= start) & (images < start + len(matrix))] - start
-        taken.append(take_square(matrix, inside))
-        start += len(matrix)
+        _check_size(matrix)
+    return tuple(Batch(images, u_centre_(matrix)) for images, matrix in zip(dealt, matrices, strict=True))
+
+
+def _dealt(n: int, number: int) -> list[Tensor]:
+    """Return the images of every batch, in ascending order; the same for every layer."""
+    order = np.random.default_rng(key(0, "batches", n)).permutation(n)
+    return [torch.from_numpy(np.sort(order[index::number])) for index in range(number)]
+
+
+def _take_from_batches(batches: tuple[Batch, ...], images: Tensor) -> tuple[Batch, ...]:
+    images = images.cpu()
+    # where each image is: in which batch, and where in it
+    place = torch.empty(2, sum(len(batch.images) for batch in batches), dtype=torch.long)
+    for index, batch in enumerate(batches):
+        place[0, batch.images] = index
+        place[1, batch.images] = torch.arange(len(batch.images))
+    which, within_batch = place[:, images]
+    taken = []
+    for index, batch in enumerate(batches):
+        kept = (which == index).nonzero()[:, 0]
+        taken.append(Batch(kept, take_square(batch.matrix, within_batch[kept])))
     return tuple(taken)
+
+
+def _check_size(matrix: Tensor) -> None:
+    """Raise UserError where the squares of even the largest inner product underflow; of too large ones, see below."""
+    largest = max(abs(float(edge)) for edge in torch.aminmax(matrix))
+    if largest and largest**2 < torch.finfo(matrix.dtype).tiny:
+        raise UserError(
+            f"features are too small: the squares of their inner products underflow {str(matrix.dtype)[6:]}; "
+            "multiply them"
+        )
+
+
+def _aligned_batches(batches: tuple[Batch, ...]) -> Aligned:
+    return _aligned(tuple(batch.matrix for batch in batches), debiased=True)
 
 
 def _aligned_one(matrix: Tensor, *, debiased: bool) -> Aligned:

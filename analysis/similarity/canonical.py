@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from localsim.analysis.similarity.kernels import centred, coordinates, within
-from localsim.analysis.similarity.measure import Array, Measure, Numerics, check_shape, take_rows
+from localsim.analysis.similarity.measure import Array, Measure, Numerics, Precision, check_shape, take_rows
 from localsim.errors import UserError
 
 VARIANCE = 0.99
@@ -66,7 +66,7 @@ def pwcca_measure() -> Measure:
     )
 
 
-def cca(x: Array, y: Array, *, device: str | torch.device | None = None, dtype: str | None = None) -> float:
+def cca(x: Array, y: Array, *, device: str | torch.device | None = None, dtype: Precision | None = None) -> float:
     """Return the mean canonical correlation of two layers, a similarity in [0, 1].
 
         mean over min(rank X, rank Y) of rho_i, the singular values of Qx'Qy        Raghu et al. 2017
@@ -94,7 +94,7 @@ def svcca(
     *,
     variance: float = VARIANCE,
     device: str | torch.device | None = None,
-    dtype: str | None = None,
+    dtype: Precision | None = None,
 ) -> float:
     """Return the singular-vector canonical correlation of two layers, a similarity in [0, 1] (Raghu et al. 2017).
 
@@ -114,7 +114,7 @@ def svcca(
     return svcca_measure(variance=variance)(x, y, device=device, dtype=dtype)
 
 
-def pwcca(x: Array, y: Array, *, device: str | torch.device | None = None, dtype: str | None = None) -> float:
+def pwcca(x: Array, y: Array, *, device: str | torch.device | None = None, dtype: Precision | None = None) -> float:
     """Return the projection-weighted canonical correlation of two layers, a similarity in [0, 1] (Morcos et al. 2018).
 
         sum_i a_i rho_i / sum_i a_i,   a_i = sum_j |<h_i, x_j>|

@@ -6,6 +6,7 @@ The features are read in chunks of columns, so that what is held is n x n, or n 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,21 +43,26 @@ def gram(x: Array, numerics: Numerics, *, centre: bool = True) -> Tensor:
     Raises:
         UserError: constant or non-finite features, or features whose squares overflow.
     """
-    (matrix,) = grams(x, numerics, [len(x)], centre=centre)
+    (matrix,) = grams(x, numerics, None, centre=centre)
     return matrix
 
 
-def grams(x: Array, numerics: Numerics, sizes: list[int], *, centre: bool = True) -> list[Tensor]:
-    """Return the inner products of images within consecutive batches of these sizes, in one pass over the features."""
+def grams(x: Array, numerics: Numerics, batches: Sequence[Tensor] | None, *, centre: bool = True) -> list[Tensor]:
+    """Return the inner products of images within batches, given by their indices, in one pass over the features.
+
+    Without batches, all images are one.
+    """
     check_shape(x)
+    sizes = [len(x)] if batches is None else [len(batch) for batch in batches]
     made = [torch.zeros(size, size, device=numerics.device, dtype=numerics.dtype) for size in sizes]
+    chosen = [slice(None)] if batches is None else [batch.to(numerics.device) for batch in batches]
     spread = size = 0.0
     for chunk in column_chunks(x, numerics):
         size += squares(chunk)
         moved = _less_mean(chunk)
         spread += squares(moved)
-        for matrix, rows in zip(made, (moved if centre else chunk).split(sizes), strict=True):
-            _add_products(matrix, rows)
+        for matrix, batch in zip(made, chosen, strict=True):
+            _add_products(matrix, (moved if centre else chunk)[batch])
     finite(size, numerics)
     varies(spread, size)
     for matrix in made:

@@ -9,6 +9,7 @@ needs no features at all.
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from torch import Tensor
 from localsim.errors import UserError, one_of
 
 Array = np.ndarray | Tensor
+Precision = str | torch.dtype | type[np.floating] | np.dtype
+"""Names `float32` and `float64`, and the types of torch and numpy with these names."""
 
 INVARIANCES = ("translation", "orthogonal", "scale", "linear")
 """Of features: an offset added to every image; a rotation or reflection; one positive factor; any invertible map."""
@@ -77,18 +80,20 @@ class Measure:
     repeats: bool = False
 
     def __call__(
-        self, x: Array, y: Array, *, device: str | torch.device | None = None, dtype: str | None = None
+        self, x: Array, y: Array, *, device: str | torch.device | None = None, dtype: Precision | None = None
     ) -> float:
         """Return the measure of two layers.
 
         Args:
-            x, y: features `(n, p)` and `(n, q)`, arrays (also memory-mapped) or tensors.
+            x, y: features `(n, p)` and `(n, q)`, arrays (also memory-mapped), tensors or lists of rows.
             device: where to compute; by default where `x` is.
-            dtype: `float32` or `float64`; by default float64 where `x` is, else float32.
+            dtype: `float32` or `float64`, by name or as a type; by default float64 where `x` is, else float32.
 
         Raises:
-            UserError: fewer than 4 images, another number of images, constant or non-finite features.
+            UserError: fewer than 4 images, another number of images, constant or non-finite features, features that
+                are no real numbers or too small to square.
         """
+        x, y = as_features(x), as_features(y)
         numerics = Numerics.of(x, device, dtype)
         same_images(x, y, repeats=self.repeats)
         a, b = (self.transform(self.represent(features, numerics)) for features in (x, y))
@@ -103,13 +108,46 @@ class Numerics:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, x: Array, device: str | torch.device | None = None, dtype: str | None = None) -> Numerics:
+    def of(cls, x: Array, device: str | torch.device | None = None, dtype: Precision | None = None) -> Numerics:
         """Return the numerics asked for, or those of the features."""
-        if dtype not in (None, "float32", "float64"):
-            raise one_of("dtype", dtype, ("float32", "float64"))
-        wide = x.dtype in (np.float64, torch.float64) if dtype is None else dtype == "float64"
+        if dtype is None:
+            wide = x.dtype == torch.float64 if isinstance(x, Tensor) else _native(x.dtype) == np.float64
+        else:
+            name = getattr(dtype, "__name__", str(dtype)).removeprefix("torch.")
+            if name not in ("float32", "float64"):
+                raise one_of("dtype", dtype, ("float32", "float64"))
+            wide = name == "float64"
         here = device if device is not None else (x.device if isinstance(x, Tensor) else "cpu")
         return cls(torch.device(here), torch.float64 if wide else torch.float32)
+
+
+def as_features(x: Any) -> Array:
+    """Return features as an array (memory-mapped ones stay on disk) or as a tensor outside any graph.
+
+    Raises:
+        UserError: numbers that are not real, or no table of numbers at all.
+    """
+    if isinstance(x, Tensor):
+        if x.is_complex():
+            raise _not_real(x.dtype)
+        return x.detach()
+    if not isinstance(x, np.memmap):
+        try:
+            x = np.asarray(x)
+        except ValueError as error:
+            raise UserError(f"features are no array: {error}; allowed: arrays, tensors or rows of one length") from None
+    if x.dtype.kind not in "fiub":
+        raise _not_real(x.dtype)
+    return x
+
+
+def _not_real(dtype: Any) -> UserError:
+    return UserError(f"features of dtype {str(dtype).removeprefix('torch.')} cannot be compared; allowed: real numbers")
+
+
+def _native(dtype: np.dtype) -> np.dtype:
+    """Return the dtype that torch can read: in this machine's byte order, and no wider than float64."""
+    return np.dtype(np.float64) if dtype.kind == "f" and dtype.itemsize > 8 else dtype.newbyteorder("=")
 
 
 def same_images(x: Array, y: Array, *, repeats: bool = False) -> None:
@@ -134,27 +172,37 @@ def check_shape(x: Array, *, repeats: bool = False) -> None:
 
 
 def column_chunks(x: Array, numerics: Numerics) -> Iterator[Tensor]:
-    """Yield all rows of `x` `(n, p)` for some columns after another, on the device; UserError where one is not finite.
+    """Yield all rows of `x` `(n, p)` for some columns after another, on the device.
 
     What is memory-mapped is read chunk by chunk, so that p may be as large as a disk allows.
+
+    Raises:
+        UserError: a number that is not finite; once all are read, where the squares of even the largest underflow.
     """
     width = max(1, CHUNK // len(x))
+    largest, zero = 0.0, True
     for start in range(0, x.shape[1], width):
         chunk = x[:, start : start + width]
         if not isinstance(chunk, Tensor):
             chunk = torch.from_numpy(_copy(chunk))  # torch warns of arrays that it may not write to
-        chunk = chunk.to(numerics.device, numerics.dtype)
-        if not all(edge.isfinite() for edge in torch.aminmax(chunk)):
+        given, chunk = chunk, chunk.to(numerics.device, numerics.dtype)
+        low, high = map(float, torch.aminmax(chunk))
+        if not (math.isfinite(low) and math.isfinite(high)):
             raise UserError("features hold NaN or infinite values; a comparison needs finite ones")
+        largest = max(largest, -low, high)
+        # numbers of a wider dtype may themselves have become 0
+        zero = zero and low == high == 0 and not (given.is_floating_point() and given.any())
         yield chunk
+    if not zero and largest**2 < torch.finfo(numerics.dtype).tiny:
+        raise UserError(f"features are too small to square in {str(numerics.dtype)[6:]}; multiply them")
 
 
 def _copy(x: np.ndarray) -> np.ndarray:
     """Return a copy in memory; of a file that is mapped to be read, no page that was read stays with this process."""
     mapped: Any = getattr(x, "_mmap", None)
     if not hasattr(mapped, "madvise") or getattr(x, "mode", None) != "r":  # Windows has none; others may hold changes
-        return np.array(x)
-    made = np.empty_like(x, subok=False)
+        return np.array(x, _native(x.dtype))
+    made = np.empty(x.shape, _native(x.dtype))
     for start in range(0, len(x), MAPPED_ROWS):
         made[start : start + MAPPED_ROWS] = x[start : start + MAPPED_ROWS]
         mapped.madvise(mmap.MADV_DONTNEED)
@@ -174,9 +222,10 @@ def varies(spread: float, size: float) -> None:
 
 def take_square(matrix: Tensor, images: Tensor) -> Tensor:
     """Return rows and columns `images` of an `(n, n)` matrix."""
+    images = images.to(matrix.device)
     return matrix.index_select(0, images).index_select(1, images)
 
 
 def take_rows(coordinates: Tensor, images: Tensor) -> Tensor:
     """Return rows `images` of `(n, r)` coordinates."""
-    return coordinates.index_select(0, images)
+    return coordinates.index_select(0, images.to(coordinates.device))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from localsim.analysis.similarity.kernels import gram, room, squared_distances_
-from localsim.analysis.similarity.measure import Array, Measure, Numerics, take_square
+from localsim.analysis.similarity.measure import Array, Measure, Numerics, Precision, take_square
 from localsim.errors import UserError, one_of
 
 NEAREST = 10
@@ -37,7 +37,6 @@ def mutual_knn_measure(*, k: int = NEAREST, nearness: str = "cosine") -> Measure
         take=take_square,
         transform=partial(_nearest, k=k),
         compare=_share,
-        terms=_terms,
     )
 
 
@@ -48,7 +47,7 @@ def mutual_knn(
     k: int = NEAREST,
     nearness: str = "cosine",
     device: str | torch.device | None = None,
-    dtype: str | None = None,
+    dtype: Precision | None = None,
 ) -> float:
     """Return the mean share of nearest neighbours that images have in common in two layers, a similarity in [0, 1].
 
@@ -96,19 +95,10 @@ def _nearest(nearness: Tensor, *, k: int) -> Tensor:
     return others.topk(k, dim=1, sorted=False).indices
 
 
-def _shared(a: Tensor, b: Tensor) -> Tensor:
+def _share(a: Tensor, b: Tensor) -> float:
     # no image is twice among the neighbours of one layer, so equal ones side by side are one from either
     both = torch.cat([a, b], dim=1).sort(dim=1).values
-    return (both[:, 1:] == both[:, :-1]).sum(1).double() / a.shape[1]
-
-
-def _share(a: Tensor, b: Tensor) -> float:
-    return float(_shared(a, b).mean())
-
-
-def _terms(a: Tensor, b: Tensor) -> Tensor:
-    shared = _shared(a, b)
-    return torch.stack([shared, torch.ones_like(shared)], dim=1)
+    return int((both[:, 1:] == both[:, :-1]).sum()) / a.numel()
 
 
 MEASURES = (mutual_knn_measure(), mutual_knn_measure(nearness="euclidean"))

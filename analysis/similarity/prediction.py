@@ -25,6 +25,7 @@ from localsim.analysis.similarity.measure import (
     Array,
     Measure,
     Numerics,
+    Precision,
     check_shape,
     column_chunks,
     take_rows,
@@ -56,7 +57,7 @@ def predictivity(
     penalties: Sequence[float] | None = None,
     components: int | None = None,
     device: str | torch.device | None = None,
-    dtype: str | None = None,
+    dtype: Precision | None = None,
 ) -> float:
     """Return how well a linear map of `x` `(n, p)` predicts `y` `(n, q)` on held-out images.
 

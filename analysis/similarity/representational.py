@@ -13,7 +13,7 @@ import torch
 
 from localsim.analysis.similarity.comparators import COMPARATORS
 from localsim.analysis.similarity.dissimilarity import KINDS, REPEATED, pairs_of, take_pairs
-from localsim.analysis.similarity.measure import Array, Measure
+from localsim.analysis.similarity.measure import Array, Measure, Precision
 from localsim.errors import UserError, one_of
 
 SQUARED = tuple(kind for kind in KINDS if kind != "euclidean")
@@ -74,7 +74,7 @@ def rsa(
     rdm: str = "correlation",
     comparator: str = "spearman",
     device: str | torch.device | None = None,
-    dtype: str | None = None,
+    dtype: Precision | None = None,
 ) -> float:
     """Return the representational similarity of two layers: how alike their dissimilarities of images are.
 

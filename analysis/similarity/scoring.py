@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from localsim.analysis.similarity.measure import Array, Measure, Numerics, same_images
+from localsim.analysis.similarity.measure import Array, Measure, Numerics, Precision, as_features, same_images
 from localsim.analysis.statistics import centred_interval, half_samples, p_value, resample, shuffles
+from localsim.errors import UserError
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -23,7 +24,8 @@ class Score:
 
     Attributes:
         value: of the measure, on all images.
-        low, high: 95 % interval over images, of a biased measure around the biased value; None without resamples.
+        low, high: 95 % interval over images, within the measure's range, of a biased measure around the biased value;
+            None without resamples.
         n: images.
         chance: mean score of mismatched images; None without permutations.
         p: share of mismatched scores at least as extreme, see `statistics.p_value`; None without permutations.
@@ -50,19 +52,19 @@ class Score:
 def similarity(
     x: Array,
     y: Array,
-    measure: Measure,
+    measure: Measure | str,
     *,
     resamples: int = 200,
     permutations: int = 0,
     seed: int = 0,
     device: str | torch.device | None = None,
-    dtype: str | None = None,
+    dtype: Precision | None = None,
 ) -> Score:
     """Return the score of two layers `(n, p)` and `(n, q)` with its interval over images and its chance level.
 
     Args:
         x, y: features of the same images.
-        measure: from `localsim.analysis.similarity.MEASURES`, or one of your own.
+        measure: a name in `localsim.analysis.similarity.MEASURES`, or a `Measure`, perhaps one of your own.
         resamples: draws for the interval, 0 for none; see `score_pairs`.
         permutations: mismatched orders of y's images for the chance level, 0 for none.
         seed: of both.
@@ -71,12 +73,24 @@ def similarity(
     Raises:
         UserError: see `Measure`; or too few resamples or images for an interval.
     """
+    if isinstance(measure, str):
+        from localsim.analysis.similarity import get_measure  # which is made of what builds on this module
+
+        measure = get_measure(measure)
+    x, y = as_features(x), as_features(y)
     same_images(x, y, repeats=measure.repeats)
     numerics = Numerics.of(x, device, dtype)
     layers = {0: measure.represent(x, numerics), 1: measure.represent(y, numerics)}
     n = x.shape[-2]
     (score,) = score_pairs(measure, layers, [(0, 1)], n, resamples, permutations, seed).values()
     return score
+
+
+def interval_of(measure: Measure) -> str:
+    """Return how intervals of a measure are made, in words; see `score_pairs`."""
+    if measure.terms is None:
+        return "half-samples of the images"
+    return "images drawn with replacement, fits held fixed (too narrow where images are few)"
 
 
 def score_pairs(
@@ -121,7 +135,7 @@ def score_pairs(
             sums = weights @ measure.terms(ready[a], ready[b]).to("cpu", torch.float64)
             draws[a, b] = (sums[:, 0] / sums[:, 1]).numpy()
     if resamples and weights is None:
-        halves = (_taken(measure, layers, pairs, images) for images in half_samples(n, resamples, seed))
+        halves = (_half(measure, layers, pairs, images, n) for images in half_samples(n, resamples, seed))
         shown = tqdm(halves, desc="half samples", total=resamples, disable=hidden)
         draws = _stacked(_compared(measure, half, half, pairs) for half in shown)
     null: dict[tuple[Name, Name], np.ndarray] = {}
@@ -145,6 +159,18 @@ def _taken(
     return {name: measure.transform(measure.take(layers[name], index)) for name in _named(pairs)}
 
 
+def _half(
+    measure: Measure, layers: Mapping[Any, Any], pairs: Iterable[tuple[Name, Name]], images: np.ndarray, n: int
+) -> dict[Any, Any]:
+    try:
+        return _taken(measure, layers, pairs, images)
+    except UserError as error:
+        raise UserError(
+            f"an interval takes half of the {n} images at a time, and of these: {error}; give more images, or "
+            "resamples=0"
+        ) from None
+
+
 def _compared(
     measure: Measure, first: Mapping[Any, Any], second: Mapping[Any, Any], pairs: Sequence[tuple[Name, Name]]
 ) -> dict[tuple[Name, Name], float]:
@@ -157,7 +183,7 @@ def _stacked(scores: Iterable[Mapping[tuple[Name, Name], float]]) -> dict[tuple[
 
 
 def _score(measure: Measure, value: float, draws: np.ndarray | None, null: np.ndarray | None, n: int) -> Score:
-    low, high = (None, None) if draws is None else centred_interval(value, draws)
+    low, high = (None, None) if draws is None else centred_interval(value, draws, measure.low, measure.high)
     chance = p = None
     if null is not None:
         chance, p = float(null.mean()), p_value(value, null, larger=measure.kind == "similarity")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from localsim.analysis.similarity.kernels import centred, coordinates, within
-from localsim.analysis.similarity.measure import Array, Measure, take_rows
+from localsim.analysis.similarity.measure import Array, Measure, Precision, take_rows
 
 
 def procrustes_measure(*, angular: bool = False) -> Measure:
@@ -40,7 +40,7 @@ def procrustes(
     *,
     angular: bool = False,
     device: str | torch.device | None = None,
-    dtype: str | None = None,
+    dtype: Precision | None = None,
 ) -> float:
     """Return the orthogonal Procrustes distance of two layers, in [0, sqrt 2], or the angle, in [0, pi/2].
 

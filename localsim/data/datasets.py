@@ -310,7 +310,13 @@ def _limited(images: ImageSet, limits: dict[str, int | None], split: str) -> Ima
 
 
 def class_balanced(images: ImageSet, limit: int, split: str) -> ImageSet:
-    """Return `limit` images (all, if there are fewer) spread over their classes; always the same for a `split` name."""
+    """Return `limit` images (all, if there are fewer) spread over their classes; always the same for a `split` name.
+
+    Raises:
+        UserError: `limit` is below 1.
+    """
+    if limit < 1:
+        raise UserError(f"number of images is {limit}; allowed: 1 or more")
     num = len(images)
     if limit >= num:
         return images

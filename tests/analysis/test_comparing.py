@@ -128,7 +128,7 @@ def test_over_training(here, capsys):
         ("runs/one --device abacus", "device 'abacus' is not available"),
         ("runs/one --data no/such/folder", "no/such/folder"),
         ("runs/one --rule no_such_file.py", "no_such_file.py"),
-        ("runs/one --measure rsa_crossnobis_cosine", "features must be (repeats, n, p)"),
+        ("runs/one --measure rsa_crossnobis_cosine", "takes repeated measurements (repeats, n, p)"),
         ("torchvision:resnet18", "networks without a run have no images of their own; give images"),
         ("torchvision:resnet9000", "resnet9000"),
         ("runs/one --images many", "argument --images: invalid int value: 'many'"),
@@ -154,7 +154,7 @@ def test_in_a_process_of_its_own(here):
     arguments = f"runs/one runs/two {QUICK} --measure rsa --out made".split()
     done = subprocess.run([sys.executable, "-m", "localsim", "compare", *arguments], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("rsa: similarity, debiased; 1 is alike; n = 40 images, 95 % intervals\n")
+    assert done.stdout.startswith("rsa: similarity, debiased; 1 is alike; n = 40 images; 95 % intervals from half-")
     assert {file.name for file in (here / "made" / "rsa").iterdir()} == FIGURES | TABLES
 
 

@@ -14,7 +14,7 @@ import torch
 from tiny import train_in
 from torch import nn
 
-from localsim.analysis import compare, features
+from localsim.analysis import Source, compare, features
 from localsim.analysis.comparison_plots import scaled
 from localsim.analysis.regimes import common_images
 from localsim.analysis.similarity import MEASURES, get_measure
@@ -125,9 +125,13 @@ def test_profiles_are_the_means_of_its_scores(compared):
 
 def test_it_prints_what_was_compared(compared):
     printed = str(compared)
-    assert printed.startswith("cka_debiased: similarity, debiased; 1 is alike; n = 40 images, 95 % intervals\n")
-    assert "\nuntrained against itself, 1 pair of runs of different seeds: as different as seeds are\n" in printed
-    assert "\nend_to_end against blockwise, 2 pairs of runs of the same seed\n" in printed
+    assert printed.startswith(
+        "cka_debiased: similarity, debiased; 1 is alike; n = 40 images; 95 % intervals from half-"
+    )
+    assert "\nuntrained against itself, 1 pair of runs of different seeds: as different as seeds are; " in printed
+    assert (
+        "\nend_to_end against blockwise, 2 pairs of runs of the same seed; intervals over images and seeds\n" in printed
+    )
     assert "blockwise against end_to_end" not in printed, "each pair once"
     assert f"  {compared.profile('end_to_end', 'blockwise')[0]}\n" in printed
 
@@ -207,8 +211,9 @@ def test_an_asymmetric_measure_has_both_directions():
     mean = (matrix + matrix.T) / 2
     assert made.distances()[0, 1] == pytest.approx(np.sqrt(2 - 2 * mean[0, 1]))
     two = compare(arrays(), arrays(seed=1), measure="predictivity", resamples=0, permutations=0)
-    assert "\narrays 2 predicted from arrays 1, 1 pair of runs\n" in str(two)
-    assert "\narrays 1 predicted from arrays 2, 1 pair of runs\n" in str(two)
+    both = [two.profile(*order)[0].value for order in (("arrays 1", "arrays 2"), ("arrays 2", "arrays 1"))]
+    assert both[0] != both[1] and "arrays 1 V1 predicts arrays 2 V1" in str(two)
+    assert "arrays 2 V1 predicts arrays 1 V1" in str(two)
 
 
 def test_distances_stay_as_they_are_and_similarities_become_chords():
@@ -268,7 +273,7 @@ def test_runs_and_networks_and_arrays_can_be_compared_on_the_same_images(runs):
      ([arrays()], {"measure": "ckaa"}, "unknown measure 'ckaa'; allowed: "),
      ([arrays()], {"dtype": "half"}, "unknown dtype 'half'"),
      ([arrays()], {"controls": ["none"]}, "unknown control 'none'"),
-     ([arrays()], {"measure": "rsa_crossnobis_cosine"}, "features must be .repeats, n, p."),
+     ([arrays()], {"measure": "rsa_crossnobis_cosine"}, "takes repeated measurements .repeats, n, p."),
      ([{"a": np.ones((8, 2)), "b": np.eye(8)}], {}, "features are constant"),
      ([{"a": np.full((8, 2), np.nan), "b": np.eye(8)}], {}, "layer a holds values that are not finite"),
      ([arrays(n=7)], {}, "an interval over 7 images is not possible"),
@@ -292,3 +297,36 @@ def test_a_measure_of_ones_own_needs_no_name():
     mine = replace(MEASURES["cka"], name="mine", summary="as cka")
     made = compare(arrays(), measure=mine, resamples=0, permutations=0)
     assert made.rows[0].measure == "mine" and "mine: similarity, biased" in str(made)
+
+
+def test_features_of_different_images_are_refused():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    images = torch.rand(2, 12, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    one, other = (features(Source(name, net), shown, modules=["0", "1"])
+                  for name, shown in zip("ab", images, strict=True))  # fmt: skip
+    with pytest.raises(UserError, match="a and b saw different images; a comparison needs the same in the same order"):
+        compare(one, other)
+    same = compare(one, features(Source("c", net), images[0], modules=["1"]), resamples=0, permutations=0)
+    assert same.record["images"] == one.record["images"]
+
+
+@pytest.mark.parametrize("option", [{"images": 10}, {"layers": "units"}, {"over_training": True}])
+def test_options_without_meaning_for_arrays_are_refused(option):
+    (name,) = option
+    with pytest.raises(UserError, match=f"{name} has no meaning for arrays"):
+        compare(arrays(), **option)
+
+
+def test_a_layer_that_cannot_be_compared_is_named():
+    with pytest.raises(UserError, match="arrays 1 b: features are constant"):
+        compare({"a": np.eye(9), "b": np.ones((9, 2))})
+
+
+def test_arrays_are_printed_pair_by_pair():
+    draw = np.random.default_rng(2).normal
+    made = compare({"V1": draw(size=(9, 2)), "IT": draw(size=(9, 4))}, {"a": draw(size=(9, 3))}, resamples=0,
+                   permutations=0)  # fmt: skip
+    lines = str(made).splitlines()[2:]
+    assert [line.split("  ")[1] for line in lines] == [
+        "arrays 1 V1 with arrays 1 IT", "arrays 1 V1 with arrays 2 a", "arrays 1 IT with arrays 2 a",
+    ]  # fmt: skip

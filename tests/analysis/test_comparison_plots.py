@@ -12,7 +12,7 @@ from matplotlib.colors import to_hex
 from localsim.analysis import plots
 from localsim.analysis.canvas import COLOURS
 from localsim.analysis.comparison import Comparison
-from localsim.analysis.comparison_plots import FLOOR, NAMED, scaled
+from localsim.analysis.comparison_plots import FLOOR, NAMED, SEEDS, scaled
 from localsim.analysis.regimes import Layer
 from localsim.analysis.similarity import MEASURES
 from localsim.analysis.similarity.scoring import Score
@@ -148,10 +148,10 @@ def test_profiles_show_every_regime_against_every_other_and_the_floor(measure):
         assert (corners[:, 1].min(), corners[:, 1].max()) == pytest.approx(  # pyright: ignore
             (min(point.low for point in expected), max(point.high for point in expected))  # pyright: ignore
         )
-    assert labels(figure) == ["untrained", "blockwise", "loco", "two seeds of it"]
-    verb = {"cka_debiased": "likeness with", "procrustes": "distance from", "predictivity": "predicting"}[measure]
+    assert labels(figure) == ["untrained", "blockwise", "loco", SEEDS]
+    verb = {"cka_debiased": "likeness with", "procrustes": "distance from", "predictivity": "predicted from"}[measure]
     assert figure.legends[0].get_title().get_text() == (
-        f"{verb}\npairs of runs of different seeds\nn = 60 images\nbars: 95 % intervals"
+        f"{verb} the\npanel's regime\npairs of runs of different seeds\nn = 60 images\nbars: 95 % intervals"
     )
     assert "runs of different seeds" in words(figure) and "depth (share of the unit blocks)" in words(figure)
     assert f"{measure} ({MEASURES[measure].kind})" in words(figure)
@@ -170,9 +170,11 @@ def test_profiles_of_one_seed_show_pairs_of_the_same_seed_without_floor():
 
 def test_profiles_without_intervals_claim_none():
     figure = plots.similarity_profiles(made_up(resamples=0))
-    assert figure.legends[0].get_title().get_text() == "likeness with\npairs of runs of different seeds\nn = 60 images"
+    assert figure.legends[0].get_title().get_text() == (
+        "likeness with the\npanel's regime\npairs of runs of different seeds\nn = 60 images"
+    )
     assert not [axes.collections for axes in figure.axes if axes.collections]
-    assert labels(figure) == ["untrained", "blockwise", "loco", "two seeds of it"], "the dashed line is named too"
+    assert labels(figure) == ["untrained", "blockwise", "loco", SEEDS], "the dashed line is named too"
 
 
 def test_the_map_places_layers_by_their_distances():

@@ -16,7 +16,7 @@ from localsim.analysis.probes import linear_probe
 from localsim.analysis.stage_probe import probe
 from localsim.data import Batch, Data, ImageSet, plain_batches
 from localsim.errors import UserError
-from localsim.runs import Run, load_run
+from localsim.runs import Run, load_run, writing
 
 NAMES, LEVELS = ["gaussian_noise", "fog", "contrast"], [2, 5]
 
@@ -45,7 +45,7 @@ def data() -> Data:
 
 @pytest.fixture(scope="module")
 def table(run, data) -> RobustnessTable:
-    return robustness(run, data=data, corruptions=NAMES, severities=LEVELS)
+    return robustness(run, data=data, corruptions=NAMES, severities=LEVELS, name="table")
 
 
 def test_clean_accuracy_is_the_stored_probes(run, data, table):
@@ -116,12 +116,12 @@ def test_without_a_reference_there_is_no_mce(table):
 
 
 def test_the_table_is_stored_and_says_how_it_was_made(run, table):
-    stored = RobustnessTable.from_json(json.loads((run.path / "robustness.json").read_text()))
+    stored = RobustnessTable.from_json(json.loads((run.path / "table.json").read_text()))
     assert stored.rows == table.rows
     assert stored.settings["frost"] == "procedural" and stored.settings["n_train"] == 80
     noise = CORRUPTIONS["gaussian_noise"]
     assert stored.settings["parameters"]["gaussian_noise"] == [list(noise.parameters(level, 16)) for level in LEVELS]
-    rows = list(csv.DictReader(io.StringIO((run.path / "robustness.csv").read_text())))
+    rows = list(csv.DictReader(io.StringIO((run.path / "table.csv").read_text())))
     assert len(rows) == len(table.rows)
     assert float(rows[-1]["accuracy"]) == table.rows[-1].accuracy and rows[0]["retention_low"] == "1.0"
     text = str(table)
@@ -145,6 +145,46 @@ def test_fewer_test_images_are_spread_over_the_classes(run, data):
     assert {row.n_test for row in few.rows} == {20} and {row.stage for row in few.rows} == {1}
 
 
+QUICK = {"severities": [1], "stages": [0], "test_images": 12}
+
+
+def test_files_are_named_by_options_and_never_replaced(run, data):
+    asked = {"data": data, "corruptions": ["contrast", "fog"], "images": 40, "seed": 3, **QUICK}
+    made = robustness(str(run.path), **asked)
+    name = "robustness-corruptions=contrast+fog-severities=1-stages=0-images=40-test_images=12-seed=3"
+    kept = (run.path / f"{name}.json").read_text()
+    assert RobustnessTable.from_json(json.loads(kept)).rows == made.rows and (run.path / f"{name}.csv").is_file()
+    for options in (asked, {**asked, "name": name}):
+        with pytest.raises(UserError, match=r"seed=3\.json exists already; give another name"):
+            robustness(run, **options)
+    assert (run.path / f"{name}.json").read_text() == kept
+
+
+def test_names_of_files_tell_long_options_apart_and_leave_defaults_out(run, data, monkeypatch):
+    made = RobustnessTable((), {})
+    monkeypatch.setattr("localsim.analysis.corrupted_probe._measured", lambda *_given: made)
+    before = {path.name for path in run.path.iterdir()}
+    everything = dict.fromkeys(CORRUPTIONS, 0.5)
+    for options in (
+        {},
+        {"corruptions": list(CORRUPTIONS)[1:]},
+        {"corruptions": list(CORRUPTIONS)[:-1]},
+        {"reference": everything},
+        {"reference": {**everything, "fog": 0.6}},
+    ):
+        robustness(run, data=data, **options)
+    added = sorted(path.name for path in run.path.iterdir() if path.name not in before and path.suffix == ".json")
+    assert len(added) == 5 and "robustness.json" in added and all(len(name) < 40 for name in added)
+    with pytest.raises(UserError, match="exists already"):
+        robustness(run, data=data, corruptions=list(CORRUPTIONS), severities=range(1, 6))
+
+
+def test_a_run_that_is_being_written_is_left_alone(run, data):
+    with writing(run.path), pytest.raises(UserError, match="being written by another process"):
+        robustness(run, data=data, corruptions=["fog"], name="locked", **QUICK)
+    assert not (run.path / "locked.json").exists()
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -154,6 +194,8 @@ def test_fewer_test_images_are_spread_over_the_classes(run, data):
         ({"severities": [0]}, "unknown severity 0; allowed: 1, 2, 3, 4, 5"),
         ({"stages": [3]}, "unknown stage 3; allowed: 0, 1, 2"),
         ({"test_images": 9}, "at least 10 test images, not 9"),
+        ({"test_images": -5}, "number of images is -5; allowed: 1 or more"),
+        ({"images": 0}, "number of images is 0; allowed: 1 or more"),
         ({"reference": {"fog": 0.9}}, "missing: .'gaussian_noise'"),
         ({"corruptions": ["fog"], "reference": {"fog": 0.9}, "severities": [1]}, "all severities"),
         ({"corruptions": ["fog"], "reference": {"fog": 90}}, "reference error 90 of fog must lie above 0"),
@@ -167,4 +209,4 @@ def test_what_cannot_be_asked_is_said(run, data, options, message):
 def test_data_without_labels_are_refused(run, data):
     bare = Data(data.name, data.classes, data.train, None, None, data.mean, data.std)
     with pytest.raises(UserError, match="no labelled training and test images"):
-        robustness(run, data=bare)
+        robustness(run, data=bare, name="bare")

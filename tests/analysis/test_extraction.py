@@ -349,6 +349,26 @@ def test_errors_in_the_network_are_told_and_leave_no_hooks():
         features(seeded(Net), torch.zeros(1, 3, 5, 5), modules=["unused"])
 
 
+@pytest.mark.parametrize("error", [ValueError, TypeError, IndexError, AssertionError])
+def test_whatever_a_network_says_is_told_with_the_images(error):
+    net = seeded(Net)
+
+    def refuse(*_given: object) -> None:
+        raise error("three channels too many")
+
+    net.relu.register_forward_pre_hook(refuse)
+    with pytest.raises(UserError, match=r"Net cannot be run on images \(3, 5, 5\): three channels too many"):
+        features(net, torch.zeros(1, 3, 5, 5), modules=["first"])
+
+
+def test_a_single_number_for_all_images_is_refused():
+    net = seeded(Net)
+    net.relu.register_forward_hook(lambda module, given, output: output.mean())
+    net.relu.register_forward_hook(lambda module, given, output: None)
+    with pytest.raises(UserError, match=r"^relu gives an array \(\) for 2 images; allowed: one row per image"):
+        features(net, torch.zeros(2, 3, 5, 5), modules=["relu"])
+
+
 def test_features_that_are_not_finite_are_refused():
     net = seeded(Net)
     nn.init.constant_(net.first.bias, torch.inf)

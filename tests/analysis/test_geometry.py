@@ -278,6 +278,40 @@ def test_without_labels_views_or_resamples():
     assert all(row.low is None is row.high for row in describe(*three_classes(), resamples=0))
 
 
+def test_a_dead_image_costs_no_more_than_what_it_leaves_undefined():
+    x, y = three_classes(per=20, d=30)
+    views = np.stack([x, x + normal(*x.shape, seed=9)])
+    whole = [row.quantity for row in describe(x, y, views, resamples=20)]
+    x[7] = views[1, 3] = 0
+    rows = describe(x, y, views, resamples=20)
+    assert [row.quantity for row in rows] == [name for name in whole if name not in ("uniformity", "alignment")]
+    assert {row.quantity: row.value for row in rows}["effective_rank"] == pytest.approx(effective_rank(x))
+    assert all(row.low < row.value < row.high for row in rows)
+
+
+def test_a_collapsed_stage_has_the_rows_that_are_defined():
+    y = np.arange(20) % 4
+    one, dead = np.full((20, 5), 0.1), np.zeros((20, 5))
+    for resamples in (0, 20):
+        end = 0 if resamples else None
+        found = {row.quantity: row for row in describe(one, y, np.stack([one, one]), resamples=resamples)}
+        assert found.keys() == {"participation_ratio", "uniformity", "alignment"}
+        assert all(row.value == pytest.approx(0, abs=1e-12) for row in found.values())
+        assert (found["participation_ratio"].low, found["participation_ratio"].high) == (end, end)
+        (row,) = describe(dead, y, np.stack([dead, dead]), resamples=resamples)
+        assert (row.quantity, row.value, row.low, row.high, row.n) == ("participation_ratio", 0, end, end, 20)
+
+
+def test_what_some_half_does_not_define_has_no_interval():
+    x = np.zeros((20, 5))
+    x[3] = 1  # half of the halves are without it
+    rows = {row.quantity: row for row in describe(x, resamples=20)}
+    assert rows.keys() == {"participation_ratio", "effective_rank"}
+    assert rows["participation_ratio"].value == pytest.approx(1) and rows["participation_ratio"].low < 1
+    assert rows["effective_rank"].value == pytest.approx(1)
+    assert rows["effective_rank"].low is None is rows["effective_rank"].high
+
+
 def test_intervals_cover_what_other_images_give():
     """95 % of intervals should hold the mean over samples of the same size; 60 samples: 50 is 4 standard errors off."""
     mixing = normal(8, 8, seed=99) * np.arange(1, 9) ** -0.5
@@ -302,11 +336,17 @@ X, Y = three_classes()
 BAD = [(np.zeros((3, 4)), "n >= 4"), (np.full((5, 4), np.inf), "20 values"), ("what", "numbers"), (X[:, 0], "finite")]
 
 
-@pytest.mark.parametrize(("x", "match"), [*BAD, (np.full((9, 4), 0.1), "do not vary")])
+@pytest.mark.parametrize(("x", "match"), BAD)
 @pytest.mark.parametrize("measure", [spectrum, effective_rank, spectrum_slope, describe, lambda x: cvpca(x, x)])
 def test_bad_features_are_refused(measure, x, match):
     with pytest.raises(UserError, match=match):
         measure(x)
+
+
+@pytest.mark.parametrize("measure", [spectrum, effective_rank, spectrum_slope, lambda x: cvpca(x, x)])
+def test_constant_features_have_no_spectrum(measure):
+    with pytest.raises(UserError, match="do not vary"):
+        measure(np.full((9, 4), 0.1))
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_an_asymmetric_measure_counts_both_orders():
     regime = layers("a")
     values = {(("a", 0, "low"), ("a", 1, "low")): 0.9, (("a", 1, "low"), ("a", 0, "low")): 0.5}
     low, _ = profile_of(scorer(values), regime, regime, symmetric=False)
-    assert (low.seed_pairs, low.value) == (2, pytest.approx(0.7))
+    assert (low.seed_pairs, low.value) == (1, pytest.approx(0.7)), "one pair of runs, both orders"
     forth, _ = profile_of(scorer(values), regime, regime, symmetric=True)
     assert (forth.seed_pairs, forth.value) == (1, pytest.approx(0.9))
 
@@ -155,3 +155,16 @@ def test_two_seeds_give_an_interval_too():
         (point,) = profile_of(score, regime, other)
         assert point.low is not None and 0.4 <= point.low < 0.5 < (point.high or 0) <= 0.6
     assert profile_of(score, regime, regime) == profile_of(score, regime, regime)
+
+
+def test_a_point_says_what_its_interval_is_over():
+    """Of two seeds a floor has one pair, whose interval knows of images only."""
+    draws = np.linspace(-0.1, 0.1, 40)
+
+    def score(_a, _b):
+        return Score(0.95, 0.9, 1.0, 60, None, None, 0.95 + draws)
+
+    two, three = ([Layer("a", seed, None, "low", 0.5) for seed in range(seeds)] for seeds in (2, 3))
+    assert [profile_of(score, runs, runs)[0].over for runs in (two, three)] == ["images", "images and seeds"]
+    (point,) = profile_of(score, two, two, bounds=(0.0, 1.0))
+    assert point.high == 1.0

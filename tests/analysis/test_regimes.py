@@ -135,7 +135,7 @@ def test_a_run_without_snapshots_has_no_course(runs, tmp_path):
 
 
 def layers_of(subject, choice, images):
-    return {layer.name: layer for layer in subject.layers(images, choice, batch_size=8)}
+    return {layer.name: layer for layer in subject.read(images, choice, batch_size=8)[1]}
 
 
 def test_ends_are_the_same_places_however_a_run_is_cut(runs):
@@ -184,7 +184,7 @@ def test_depth_of_other_networks():
 def test_an_unknown_choice_of_layers_is_a_sentence(runs):
     subject = open_subjects([runs["first"]], controls=[])[0]
     with pytest.raises(UserError, match="unknown choice of layers 'tops'; allowed: ends, stages, units, readouts"):
-        subject.layers(torch.rand(4, 3, 16, 16), "tops")
+        subject.read(torch.rand(4, 3, 16, 16), "tops")
 
 
 def test_images_are_the_runs_own_and_balanced(runs):

@@ -390,6 +390,10 @@ def test_batches_that_cannot_be_had_are_refused(run, options, said):
         alignment_over_training(run, **options)
 
 
+def test_a_folder_is_as_good_as_its_run(run, table):
+    assert alignment_over_training(str(run.path), batches=4, seed=2) == table
+
+
 def test_a_run_that_learned_nothing_is_refused(run, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(run.config.to_json()))
     with pytest.raises(UserError, match="has no checkpoint yet"):

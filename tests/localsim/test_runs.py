@@ -81,6 +81,15 @@ def test_the_folder_can_be_read_without_localsim(finished):
         assert line["held_bytes"] > 0 and line["images_per_second"] > 0
 
 
+def test_a_run_is_opened_from_itself_or_its_folder(finished):
+    run = localsim.load_run(finished)
+    assert runs.opened_run(run) is run
+    assert runs.opened_run(finished) == run == runs.opened_run(str(finished))
+    for bad, said in ((None, "NoneType; allowed: a Run or its folder"), ("nowhere", "nowhere is not a run folder")):
+        with pytest.raises(UserError, match=said):
+            runs.opened_run(bad)
+
+
 def test_load_run_gives_back_configuration_step_and_networks(finished):
     run = localsim.load_run(finished)
     assert run.config == tiny_config(**LOGGED) and run.step == 10 and run.path == finished

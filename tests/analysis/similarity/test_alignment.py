@@ -15,6 +15,7 @@ from localsim.analysis.similarity import kernels
 from localsim.analysis.similarity.alignment import MEASURES, cka, cka_measure
 from localsim.analysis.similarity.measure import Numerics
 from localsim.errors import UserError
+from localsim.rng import key
 
 F64 = Numerics(torch.device("cpu"), torch.float64)
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -44,6 +45,12 @@ def unrelated(n=40, p=7, q=60, seed=0):
 
 
 layers = pytest.mark.parametrize("layers", [related, unrelated])
+
+
+def dealt(n, number):
+    """Return the images of every batch."""
+    order = np.random.default_rng(key(0, "batches", n)).permutation(n)
+    return [order[index::number] for index in range(number)]
 
 
 def cosine(hsic, k, m):
@@ -107,13 +114,24 @@ def test_rbf_cka_is_the_published_formula(layers, fraction):
 @pytest.mark.parametrize(("batch", "sizes"), [(10, [10] * 4), (11, [14, 13, 13]), (30, [40]), (100, [40])])
 def test_minibatch_cka_averages_the_unbiased_hsic_over_batches(layers, batch, sizes):
     x, y = layers()
-    x, y = (np.split(z, np.cumsum(sizes)[:-1]) for z in (x, y))
+    batches = dealt(40, len(sizes))
+    assert [len(images) for images in batches] == sizes
 
     def mean(a, b):
-        return np.mean([hsic1(p @ p.T, q @ q.T) for p, q in zip(a, b, strict=True)])
+        return np.mean([hsic1(a[i] @ a[i].T, b[i] @ b[i].T) for i in batches])
 
-    value = cka(np.concatenate(x), np.concatenate(y), debiased=True, batch=batch)
+    value = cka(x, y, debiased=True, batch=batch)
     assert value == pytest.approx(mean(x, y) / np.sqrt(mean(x, x) * mean(y, y)), abs=1e-10)
+
+
+def test_minibatch_cka_of_images_sorted_by_class_is_that_of_all():
+    rng = np.random.default_rng(0)
+    classes = np.repeat(np.arange(20), 20)
+    causes = rng.normal(size=(20, 8))[classes]  # all that the layers share
+    x, y = (causes @ rng.normal(size=(8, 30)) + 2 * rng.normal(size=(400, 30)) for _ in "xy")
+    whole = cka(x, y, debiased=True)
+    assert whole > 0.5
+    assert cka(x, y, debiased=True, batch=20) == pytest.approx(whole, abs=0.02)
 
 
 @layers
@@ -194,13 +212,13 @@ def test_other_linear_maps_change_it(options):
 def test_some_of_the_images_are_as_if_only_they_had_been_represented(layers, options):
     x, y = layers(n=60)
     measure = cka_measure(**options)
-    images = np.sort(np.random.default_rng(1).permutation(60)[:30])
+    images = np.sort(np.random.default_rng(1).permutation(60)[:24])
     a, b = (measure.transform(measure.take(measure.represent(z, F64), torch.from_numpy(images))) for z in (x, y))
     value = measure.compare(a, b)
     if "batch" not in options:
         assert value == pytest.approx(measure(x[images], y[images]), abs=1e-10)
         return
-    inside = [images[(images >= s) & (images < s + 10)] for s in range(0, 60, 10)]
+    inside = [np.intersect1d(images, batch) for batch in dealt(60, 6)]
     kept = [i for i in inside if len(i) >= 4]
 
     def mean(p, q):
@@ -208,6 +226,21 @@ def test_some_of_the_images_are_as_if_only_they_had_been_represented(layers, opt
 
     assert 1 < len(kept) < 6  # batches that are too small are among them
     assert value == pytest.approx(mean(x, y) / np.sqrt(mean(x, x) * mean(y, y)), abs=1e-10)
+
+
+@layers
+def test_batches_of_some_images_in_another_order_are_those_images(layers):
+    measure = cka_measure(debiased=True, batch=10)
+    state = measure.represent(layers(n=60)[0], F64)
+    first, second = (torch.from_numpy(np.random.default_rng(n).permutation(n)[: n - 20]) for n in (60, 40))
+    twice = measure.take(measure.take(state, first), second)
+    for batch, once in zip(twice, measure.take(state, first[second]), strict=True):
+        torch.testing.assert_close(batch.matrix[batch.images.argsort()], once.matrix[once.images.argsort()])
+    for batch, part in zip(state, measure.take(state, first), strict=True):
+        for i, image in enumerate(part.images):
+            for j, other in enumerate(part.images):
+                a, b = ((batch.images == first[k]).nonzero().item() for k in (image, other))
+                assert part.matrix[i, j] == batch.matrix[a, b]
 
 
 @variants
@@ -255,8 +288,18 @@ def test_some_images_may_be_constant_or_without_structure_or_too_few():
         with pytest.raises(UserError, match=r"constant|as far"):
             measure.transform(measure.take(measure.represent(x, F64), torch.arange(5)))
     measure = cka_measure(debiased=True, batch=5)
+    few = torch.from_numpy(np.concatenate([batch[:2] for batch in dealt(20, 4)]))
     with pytest.raises(UserError, match="no batch has the 4 images"):
-        measure.transform(measure.take(measure.represent(x, F64), torch.tensor([0, 1, 6, 7, 11])))
+        measure.transform(measure.take(measure.represent(x, F64), few))
+
+
+@pytest.mark.parametrize("options", [{}, {"debiased": True}, {"debiased": True, "batch": 10}])
+@pytest.mark.parametrize(("dtype", "factor"), [("float32", 1e-15), ("float64", 1e-100)])
+def test_inner_products_too_small_to_square_are_not_called_constant(options, dtype, factor):
+    x, y = related()
+    with pytest.raises(UserError, match=f"squares of their inner products underflow {dtype}; multiply them"):
+        cka(x * factor, y, dtype=dtype, **options)
+    assert cka(x * factor, y, dtype=dtype, kernel="rbf") == pytest.approx(cka(x, y, kernel="rbf"), abs=1e-5)
 
 
 @pytest.mark.parametrize(

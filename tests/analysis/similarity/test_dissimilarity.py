@@ -131,16 +131,35 @@ def test_it_is_rsatoolboxs_distance_up_to_its_factor(kind):
     assert np.abs(ours - theirs * (1 if kind == "correlation" else p)).max() < 1e-9 * np.abs(ours).max()
 
 
-def test_crossnobis_is_zero_on_average_where_images_do_not_differ():
+def test_crossnobis_is_about_zero_on_average_where_images_do_not_differ():
     draws = [rdm(repeated(seed, repeats=3, n=20, p=5, signal=0), "crossnobis") for seed in range(100)]
     plain = [rdm(repeated(seed, repeats=3, n=20, p=5, signal=0), "mahalanobis") for seed in range(100)]
     above = np.triu_indices(20, 1)
     means = np.array([draw[above].mean() for draw in draws])
     error = means.std() / np.sqrt(len(means))
-    # the noise of the mean of 3 repeats alone gives 2 p / 3; what is left here is from estimating its covariance
+    # the noise of the mean of 3 repeats alone gives 2 p / 3; the 0.05 is what estimating its covariance may leave
     assert np.mean(plain) > 2.5
     assert abs(means.mean()) < 4 * error + 0.05
     assert min(draw.min() for draw in draws) < -1
+
+
+def test_the_noise_covariance_of_the_same_repeats_leaves_crossnobis_a_positive_bias():
+    above = np.triu_indices(100, 1)
+    shares = []
+    for p in (5, 50, 100):
+        draws = [np.random.default_rng(seed).normal(size=(4, 100, p)) for seed in range(15)]
+        crossed, plain = (np.array([rdm(x, kind)[above].mean() for x in draws]) for kind in REPEATED[::-1])
+        shares.append(crossed.mean() / plain.mean())
+        if p == 50:
+            assert crossed.mean() > 3 * crossed.std() / np.sqrt(len(draws))
+    assert shares == sorted(shares)
+    assert shares[1:] == pytest.approx([0.04, 0.08], abs=0.02)  # the docstring's
+
+
+@pytest.mark.parametrize("factor", [1e-100, 1e100])
+def test_noise_normalised_kinds_ignore_a_factor_however_large(factor):
+    for kind in REPEATED:
+        assert rdm(repeated() * factor, kind) == pytest.approx(rdm(repeated(), kind), rel=1e-9)
 
 
 def test_crossnobis_is_the_distance_without_noise_on_average():
@@ -213,6 +232,13 @@ def with_row(value):
 def test_what_has_no_distances_is_refused(kind, x, message, dtype):
     with pytest.raises(UserError, match=message):
         rdm(x, kind, dtype=dtype)
+
+
+def test_lists_and_other_bytes_are_what_arrays_are():
+    x = clustered()
+    for other in (x.tolist(), x.astype(">f8"), torch.from_numpy(x).requires_grad_()):
+        assert np.array_equal(rdm(other), rdm(x))
+    assert rdm(x, dtype=torch.float32).dtype == rdm(x, dtype=np.float32).dtype == np.float32
 
 
 def test_overflow_is_refused_in_float32_only():

@@ -1,5 +1,7 @@
 """Scores with intervals and chance levels are the measure itself, on all images, on halves and on mismatched ones."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -52,7 +54,24 @@ def test_draws_are_the_measure_of_halves_of_the_images(name):
     for a, b in PAIRS:
         afresh = [measure(x[a][half], x[b][half]) for half in half_samples(N, 20, 5)]
         np.testing.assert_allclose(found[a, b].draws, afresh, atol=1e-7)  # a root of rounding
-        assert (found[a, b].low, found[a, b].high) == centred_interval(found[a, b].value, found[a, b].draws)
+        bounds = measure.low, measure.high
+        assert (found[a, b].low, found[a, b].high) == centred_interval(found[a, b].value, found[a, b].draws, *bounds)
+
+
+def test_no_interval_leaves_the_range_of_its_measure():
+    x, measure = three_layers(), get_measure("cka_debiased")
+    low = 0.5 * (1 + measure(x["a"], x["b"]))
+    score = similarity(x["a"], x["b"], replace(measure, low=low - 1, high=low), resamples=20)
+    assert score.low >= low - 1 and score.high <= low and score.draws.max() > low - 1
+    assert centred_interval(0.5, [0, 1, 2], 0.2, 0.8) == (0.2, 0.8)
+
+
+def test_a_half_that_cannot_be_scored_is_named_as_such():
+    x = np.random.default_rng(0).normal(size=(30, 20))
+    with pytest.raises(
+        UserError, match=r"an interval takes half of the 30 images at a time, and of these: .*resamples=0"
+    ):
+        similarity(x, x[:, ::-1].copy(), get_measure("cca"), resamples=20)
 
 
 @pytest.mark.parametrize("name", [name for name in SOME if MEASURES[name].terms is not None])

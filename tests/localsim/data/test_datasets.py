@@ -206,6 +206,14 @@ def test_impossible_numbers_of_images_are_refused(tmp_path, options, message):
         load(class_folder(tmp_path), **options)
 
 
+def test_a_choice_of_less_than_one_image_is_refused():
+    images = ImageSet(torch.zeros(6, 3, 2, 2, dtype=torch.uint8), None, torch.arange(6) % 2)
+    assert len(module.class_balanced(images, 1, "test")) == 1
+    for limit in (0, -5):
+        with pytest.raises(UserError, match=f"number of images is {limit}; allowed: 1 or more"):
+            module.class_balanced(images, limit, "test")
+
+
 # --- named sets
 
 
