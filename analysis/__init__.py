@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from localsim.analysis.corruptions import corrupt as corrupt
     from localsim.analysis.detection import check_transfer as check_transfer
     from localsim.analysis.detection import detection_model as detection_model
+    from localsim.analysis.extraction import feature_batches as feature_batches
     from localsim.analysis.extraction import features as features
     from localsim.analysis.feature_store import Features as Features
     from localsim.analysis.run_geometry import stage_geometry as stage_geometry
@@ -42,7 +43,7 @@ _WHERE = {
     "corrupted_probe": ("robustness",),
     "corruptions": ("corrupt",),
     "detection": ("check_transfer", "detection_model"),
-    "extraction": ("features",),
+    "extraction": ("feature_batches", "features"),
     "feature_store": ("Features",),
     "similarity": (
         "MEASURES", "cca", "cka", "get_measure", "mutual_knn", "predictivity", "procrustes", "pwcca", "rdm", "rsa",

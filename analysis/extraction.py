@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -83,22 +84,15 @@ def features(
     Raises:
         UserError: the source, a layer, the images or a setting is not there or does not fit; `to` exists already.
     """
-    reduce = Reducer(spatial, seed)
-    if type(batch_size) is not int or batch_size < 1:
-        raise UserError(f"batch_size is {batch_size!r}; allowed: whole numbers from 1")
     if to is not None:
         refuse_existing(Path(to))
-    shown_to = Source.of(source, seed=seed)
-    points = shown_to.points.choose(stages, units, readouts, modules)
-    if images is None and shown_to.images is None:
-        raise UserError(f"{shown_to.name} has no test images of its own; give images")
-    stimuli = open_images(shown_to.images if images is None else images)
-    place = shown_to.device if device is None else open_device(str(device))
-    autocast(precision, place.type)  # refuses an unknown word before anything is read
+    chosen = {"stages": stages, "units": units, "readouts": readouts, "modules": modules}
+    asked = _asked(source, images, chosen, spatial, batch_size, device, precision, seed)
+    shown_to = asked.source
     settings = {
         "weights": shown_to.weights_hash(),
-        "layers": [point.key for point in points],
-        "places": [point.where for point in points],
+        "layers": [point.key for point in asked.points],
+        "places": [point.where for point in asked.points],
         "spatial": spatial,
         "seed": seed,
         "size": shown_to.size,
@@ -111,7 +105,11 @@ def features(
     }
 
     def extract(add: Add) -> Register:
-        return _run(shown_to, points, reduce, stimuli, add, batch_size=batch_size, device=place, precision=precision)
+        seen = Register()
+        for batch in _batches(asked, seen):
+            for name, rows in batch.items():
+                add(name, rows)
+        return seen
 
     def record(seen: Register) -> dict[str, Any]:
         versions = {"localsim": __version__, "torch": torch.__version__, "numpy": np.__version__}
@@ -127,7 +125,7 @@ def features(
         writer.finish(record(seen), *_rows(seen))
 
     if cache is not None:
-        seen = Register.of(stimuli)
+        seen = Register.of(asked.stimuli)
         _at_least_one(seen)
         key = hashlib.sha256(json.dumps({**settings, "images": seen.hash}, sort_keys=True).encode()).hexdigest()
         kept = cached(Path(cache), key, lambda writer: fill(writer, seen.hash))
@@ -138,33 +136,83 @@ def features(
         with new_folder(Path(to)) as writer:
             fill(writer)
         return read_folder(Path(to))
-    parts: dict[str, list[np.ndarray]] = {point.key: [] for point in points}
+    parts: dict[str, list[np.ndarray]] = {point.key: [] for point in asked.points}
     seen = extract(lambda name, rows: parts[name].append(rows))
     joined = {name: _joined(parts.pop(name)) for name in list(parts)}
     return Features(joined, *_rows(seen), record(seen))
 
 
-def _run(
-    source: Source,
-    points: list[Point],
-    reduce: Reducer,
-    stimuli: Stimuli,
-    add: Add,
+def feature_batches(
+    source: Source | Run | str | Path | nn.Module,
+    images: Any = None,
     *,
+    stages: Indices = None,
+    units: Names = None,
+    readouts: Indices = None,
+    modules: list[str] | tuple[str, ...] | None = None,
+    spatial: str = "mean",
+    batch_size: int = 128,
+    device: str | torch.device | None = None,
+    precision: str = "full",
+    seed: int = 0,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yield what `features` gives one batch of images after another, `{layer: (batch, d)}`, and keep none of it.
+
+    For what needs no more than a batch at a time, such as minibatch CKA. Arguments and errors as for `features`. Until
+    the iteration ends or is closed the network stays in evaluation mode.
+    """
+    chosen = {"stages": stages, "units": units, "readouts": readouts, "modules": modules}
+    return _batches(_asked(source, images, chosen, spatial, batch_size, device, precision, seed), Register())
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A request for features, checked and opened."""
+
+    source: Source
+    points: list[Point]
+    stimuli: Stimuli
+    reduce: Reducer
+    batch_size: int
+    device: torch.device
+    precision: str
+
+
+def _asked(
+    source: Source | Run | str | Path | nn.Module,
+    images: Any,
+    chosen: dict[str, Any],
+    spatial: str,
     batch_size: int,
-    device: torch.device,
+    device: str | torch.device | None,
     precision: str,
-) -> Register:
-    """Show all images to the network once, hand every batch's features to `add`, and return what was shown."""
-    seen = Register()
+    seed: int,
+) -> _Asked:
+    reduce = Reducer(spatial, seed)
+    if type(batch_size) is not int or batch_size < 1:
+        raise UserError(f"batch_size is {batch_size!r}; allowed: whole numbers from 1")
+    opened = Source.of(source, seed=seed)
+    points = opened.points.choose(**chosen)
+    if images is None and opened.images is None:
+        raise UserError(f"{opened.name} has no test images of its own; give images")
+    stimuli = open_images(opened.images if images is None else images)
+    place = opened.device if device is None else open_device(str(device))
+    autocast(precision, place.type)  # refuses an unknown word before anything is read
+    return _Asked(opened, points, stimuli, reduce, batch_size, place, precision)
+
+
+def _batches(asked: _Asked, seen: Register) -> Iterator[dict[str, np.ndarray]]:
+    """Show all images to the network once, yield every batch's features, and note in `seen` what was shown."""
+    source, points = asked.source, asked.points
     look = {"size": source.size, "mean": source.mean, "std": source.std, "grey": source.grey, "crop": source.crop}
-    with torch.no_grad(), source.evaluating(device), _listening(source, points, reduce) as batch:
-        for images in in_batches(stimuli, batch_size, seen):
-            x = shown(images, **look, device=device)
+    with source.evaluating(asked.device), _listening(source, points, asked.reduce) as batch:
+        for images in in_batches(asked.stimuli, asked.batch_size, seen):
+            x = shown(images, **look, device=asked.device)
             batch.clear()
             batch.update(shape=x.shape)
             try:
-                with autocast(precision, device.type)():
+                # not around the loop: between two batches it would be the caller's code that runs without gradients
+                with torch.no_grad(), autocast(asked.precision, asked.device.type)():
                     source.network(x)
             except UserError:
                 raise
@@ -176,9 +224,8 @@ def _run(
                     raise UserError(f"{point.key} of {source.name} does not take part in the forward pass")
                 if not np.isfinite(batch[point.key]).all():
                     raise UserError(f"{point.key} of {source.name} gives values that are not finite")
-                add(point.key, batch[point.key])
+            yield {point.key: batch.pop(point.key) for point in points}
     _at_least_one(seen)
-    return seen
 
 
 @contextmanager

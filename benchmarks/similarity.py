@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from localsim.analysis.extraction import features
+from localsim.analysis.extraction import feature_batches, features
 from localsim.analysis.similarity import Measure, get_measure, score_pairs
 from localsim.analysis.similarity.alignment import cka_measure
 from localsim.analysis.similarity.measure import Numerics
@@ -152,10 +152,8 @@ def localsim_networks(modules: list[str], folder: Path) -> Work:
 
     def work() -> np.ndarray:
         layers: dict[tuple[str, int], tuple[Any, ...]] = {}
-        for start in range(0, len(images), BATCH):
-            for name, net in nets.items():
-                batch = images[start : start + BATCH]
-                made = dict(features(net, batch, modules=modules, spatial="flatten", batch_size=BATCH).arrays)
+        for name, net in nets.items():
+            for made in feature_batches(net, images, modules=modules, spatial="flatten", batch_size=BATCH):
                 for i, module in enumerate(modules):
                     x = made.pop(module)
                     layers[name, i] = layers.get((name, i), ()) + measure.represent(x, Numerics.of(x))

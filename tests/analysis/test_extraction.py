@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from localsim import runs
 from localsim.analysis import stimuli
 from localsim.analysis.extract import batch_features, collect_features
-from localsim.analysis.extraction import features
+from localsim.analysis.extraction import feature_batches, features
 from localsim.analysis.feature_store import Features
 from localsim.analysis.sources import Source
 from localsim.assembly import build_network
@@ -501,3 +501,20 @@ def test_a_run_is_shown_its_own_test_images_and_its_snapshots_differ(tmp_path):
     versions = made["trained"].record["versions"]
     assert versions["torch"] == torch.__version__ and set(versions) == {"localsim", "torch", "numpy"}
     assert repr(made[5]).splitlines()[0] == "Features of first step 5: n = 40, spatial mean"
+
+
+def test_batches_are_the_features_piece_by_piece_and_the_network_is_left_as_it_was():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).train()
+    images = torch.rand(7, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    whole = features(net, images, modules=["0", "2"], spatial="flatten", batch_size=3)
+    parts = list(feature_batches(net, images, modules=["0", "2"], spatial="flatten", batch_size=3))
+    assert [len(part["0"]) for part in parts] == [3, 3, 1]
+    for name in whole:
+        np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), whole[name])
+    started = feature_batches(net, images, modules=["0"], batch_size=3)
+    next(started)
+    assert not net.training and torch.is_grad_enabled()
+    started.close()
+    assert net.training and not any(module._forward_hooks for module in net.modules())
+    with pytest.raises(UserError, match="batch_size is 0"):
+        feature_batches(net, images, modules=["0"], batch_size=0)
