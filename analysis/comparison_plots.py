@@ -161,12 +161,10 @@ def similarity_map(comparison: Comparison, regimes: Sequence[str] | None = None)
     axes.set_aspect("equal", adjustable="datalim")
     axes.set(xlabel=f"first dimension ({shares[0]:.0%} of squared distance)",
              ylabel=f"second dimension ({shares[1]:.0%})")  # fmt: skip
-    part = "" if regimes is None else f" of {', '.join(regimes)}" if len(regimes) < 3 else " without the others"
-    distance = "" if comparison.measure.kind == "distance" else ", distance sqrt(2 - 2 s)"
-    axes.set_title(
-        _wrapped(f"Map{part} by {comparison.measure.name}{distance}, n = {comparison.record['n']} images", 62)
-    )
-    figure.legend(loc="outside right upper", title="regime\n(small, open: lowest\nlayer; large: highest)")
+    axes.set_title(f"Map by {comparison.measure.name}")
+    distance = "" if comparison.measure.kind == "distance" else "\ndistance sqrt(2 - 2 s)"
+    title = f"regime\n(small, open: lowest\nlayer; large: highest)\nn = {comparison.record['n']} images{distance}"
+    figure.legend(loc="outside right upper", title=title)
     return figure
 
 
@@ -325,8 +323,8 @@ def _marker(comparison: Comparison, regime: str) -> str:
     return MARKERS[(place + place // len(COLOURS)) % len(MARKERS)]
 
 
-def _wrapped(words: str, width: int = 22) -> str:
-    return textwrap.fill(words, width)
+def _wrapped(words: str) -> str:
+    return textwrap.fill(words, 22)
 
 
 def _network(layer: Layer) -> str:
