@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections import OrderedDict
 from importlib import import_module
@@ -72,11 +73,17 @@ def test_contestants_agree(benchmark, monkeypatch, tmp_path, task):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
-def test_peak_is_that_since_the_reset(benchmark):
-    np.ones(2**24)
-    before = benchmark.resident_peak(reset=True)
-    np.ones(2**23)
-    assert 0.9 * 2**26 < benchmark.resident_peak() - before < 1.5 * 2**26
+def test_peak_is_that_since_the_reset():
+    """In a fresh process, as the benchmark has it: a long one may hand out memory that it never gave back."""
+    code = """
+import numpy as np, similarity
+np.ones(2**24)
+before = similarity.resident_peak(reset=True)
+np.ones(2**23)
+print(similarity.resident_peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=FOLDER, capture_output=True, text=True, check=True)
+    assert 0.9 * 2**26 < int(done.stdout) < 1.5 * 2**26
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
