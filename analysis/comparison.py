@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from localsim.analysis.similarity import get_measure
 from localsim.analysis.similarity.measure import Measure, Numerics, Precision, check_shape
 from localsim.analysis.similarity.scoring import Score, interval_of, score_pairs
 from localsim.analysis.statistics import check_resamples
+from localsim.analysis.tables import as_csv
 from localsim.errors import UserError, one_of
 from localsim.files import write_json, write_text
 from localsim.opening import open_device
@@ -133,11 +132,7 @@ class Comparison:
 
     def to_csv(self) -> str:
         """Return the rows as comma-separated values, one header line."""
-        out = io.StringIO()
-        writer = csv.DictWriter(out, [field.name for field in fields(ComparisonRow)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in self.rows)
-        return out.getvalue()
+        return as_csv([asdict(row) for row in self.rows], list(ComparisonRow.__dataclass_fields__))
 
     def to_json(self) -> dict[str, Any]:
         """Return the record, what the measure declares, and the rows, as JSON holds them."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -22,6 +20,7 @@ from localsim.analysis.probes import MIN_TEST_IMAGES, LinearProbe, fit_linear_pr
 from localsim.analysis.sources import colour_and_crop
 from localsim.analysis.stage_probe import BATCH, FEATURE_BYTES, bytes_per_image
 from localsim.analysis.statistics import COVERAGE, resample
+from localsim.analysis.tables import as_csv, matching
 from localsim.data import Batch, Data, ImageSet, class_balanced, plain_batches
 from localsim.errors import UserError, one_of
 from localsim.files import write_json, write_text
@@ -100,7 +99,7 @@ class RobustnessTable:
 
     def select(self, **fields: Any) -> list[RobustnessRow]:
         """Return the rows with these values, e.g. `select(network="blockwise", corruption="fog", severity=None)`."""
-        return [row for row in self.rows if all(getattr(row, name) == value for name, value in fields.items())]
+        return matching(self.rows, fields)
 
     def to_json(self) -> dict[str, Any]:
         """Return settings and rows as plain dictionaries."""
@@ -113,11 +112,7 @@ class RobustnessTable:
 
     def to_csv(self) -> str:
         """Return the rows as comma-separated values, one header line, without the settings."""
-        out = io.StringIO()
-        writer = csv.DictWriter(out, list(RobustnessRow.__dataclass_fields__), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in self.rows)
-        return out.getvalue()
+        return as_csv([asdict(row) for row in self.rows], list(RobustnessRow.__dataclass_fields__))
 
     def __str__(self) -> str:
         first = self.rows[0]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,6 +16,7 @@ from localsim.analysis.controls import CONTROLS, with_controls
 from localsim.analysis.extract import batch_features, collect_features, stream_features
 from localsim.analysis.probes import ProbeScore, knn_probe, linear_probe, paired_bootstrap, sgd_probe
 from localsim.analysis.sources import colour_and_crop
+from localsim.analysis.tables import as_csv, matching
 from localsim.data import AUGMENTATIONS, Batch, Data, ImageSet, ViewLoader, class_balanced, plain_batches
 from localsim.errors import UserError, one_of
 from localsim.files import write_json, write_text
@@ -78,7 +77,7 @@ class ProbeTable:
 
     def select(self, **fields: Any) -> list[ProbeRow]:
         """Return the rows with these values, e.g. `select(features="raw", probe="linear", network="blockwise")`."""
-        return [row for row in self.rows if all(getattr(row, name) == value for name, value in fields.items())]
+        return matching(self.rows, fields)
 
     @property
     def networks(self) -> list[str]:
@@ -97,12 +96,7 @@ class ProbeTable:
 
     def to_csv(self) -> str:
         """Return the rows as comma-separated values, one header line, without the settings."""
-        out = io.StringIO()
-        names = [name for name in ProbeRow.__dataclass_fields__ if name != "settings"]
-        writer = csv.DictWriter(out, names, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.to_json())
-        return out.getvalue()
+        return as_csv(self.to_json(), [name for name in ProbeRow.__dataclass_fields__ if name != "settings"])
 
     def __str__(self) -> str:
         kinds = list(dict.fromkeys((row.probe, row.features) for row in self.rows))

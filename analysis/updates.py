@@ -28,8 +28,6 @@ linear layer whose gradient is rounding alone, as before a batch norm: root mean
 from __future__ import annotations
 
 import copy
-import csv
-import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -42,6 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from localsim import engine, transport
+from localsim.analysis.tables import as_csv, matching
 from localsim.backbones import UnitBlock
 from localsim.credit import Credit
 from localsim.data import Data
@@ -129,7 +128,7 @@ class AlignmentTable:
 
     def select(self, **fields: Any) -> list[AlignmentPoint]:
         """Return the rows with these values, e.g. `select(level="stage", step=312)`."""
-        return [row for row in self.rows if all(getattr(row, name) == value for name, value in fields.items())]
+        return matching(self.rows, fields)
 
     def to_json(self) -> list[dict[str, Any]]:
         """Return the rows as plain dictionaries."""
@@ -137,11 +136,7 @@ class AlignmentTable:
 
     def to_csv(self) -> str:
         """Return the rows as comma-separated values, one header line; None is an empty field."""
-        out = io.StringIO()
-        writer = csv.DictWriter(out, list(AlignmentPoint.__dataclass_fields__), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.to_json())
-        return out.getvalue()
+        return as_csv(self.to_json(), list(AlignmentPoint.__dataclass_fields__))
 
     def __str__(self) -> str:
         first = self.rows[0]

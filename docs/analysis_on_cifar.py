@@ -9,12 +9,14 @@ backpropagation, also, as a control, where the last loss has an untrained head. 
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 
 from scipy.stats import sem, t
 
 from localsim.analysis import alignment_over_training, compare, gradient_alignment, plots, stage_geometry
+from localsim.analysis.tables import as_csv
 from localsim.analysis.updates import AlignmentTable
 from localsim.files import write_text
 from localsim.opening import open_data, open_device, open_loader
@@ -42,17 +44,15 @@ def similarity(runs: list[Run], images: int, to: Path, cache: Path) -> None:
 
 
 def all_geometry(runs: list[Run], images: int, to: Path, cache: Path) -> None:
-    described, lines = {}, ["rule,layer,depth,quantity,value,low,high,n"]
+    described, rows = {}, []
     for run in (run for run in runs if run.config.seed == 0):
-        rule = run.config.rule
         found = stage_geometry(run, layers="ends", images=images, cache=cache)
-        described[rule] = [(layer.depth, rows) for layer, rows in found.items()]
-        lines += [
-            f"{rule},{layer.name},{layer.depth},{row.quantity},{row.value},{row.low},{row.high},{row.n}"
-            for layer, rows in found.items()
-            for row in rows
-        ]
-    write_text(to / "geometry.csv", "\n".join(lines) + "\n")
+        described[run.config.rule] = [(layer.depth, quantities) for layer, quantities in found.items()]
+        for layer, quantities in found.items():
+            where = {"rule": run.config.rule, "layer": layer.name, "depth": layer.depth}
+            rows += [where | asdict(row) for row in quantities]
+    columns = ("rule", "layer", "depth", "quantity", "value", "low", "high", "n")
+    write_text(to / "geometry.csv", as_csv(rows, columns))
     save(plots.geometry_by_stage(described), to / "geometry")
 
 

@@ -7,14 +7,13 @@ here: how they are started, and what they leave behind.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from localsim.analysis import plots
+from localsim.analysis.tables import as_csv
 from localsim.errors import UserError
 from localsim.files import write_text
 from localsim.runs import Run, load_run
@@ -70,15 +69,6 @@ def opened(paths: Sequence[str]) -> list[Run]:
         return [load_run(path) for path in paths]
     except UserError as error:
         raise UserError(f"{error}; {MAKE}") from None
-
-
-def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return rows that have the same columns as comma-separated values, one header line; None is an empty field."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
 
 
 def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
