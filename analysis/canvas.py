@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
@@ -63,3 +64,8 @@ def in_order(axes: Axes, labels: Sequence[str]) -> list[Any]:
     """Return the legend handles of these labels, in this order, those that exist."""
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     return [handles[label] for label in labels if label in handles]
+
+
+def wrapped(words: str) -> str:
+    """Return the name of a regime in lines that fit beside panels."""
+    return textwrap.fill(words, 22)

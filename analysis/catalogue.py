@@ -15,6 +15,8 @@ from localsim.opening import open_device
 from localsim.rng import keyed
 from localsim.runs import load_plain, load_tensors
 
+NAMED = ("torchvision:", "timm:")
+"""What the names of networks begin with."""
 _CLASSIFIERS = ("fc", "classifier")
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from localsim.analysis.catalogue import NAMED
 from localsim.analysis.comparison import Comparison, compare
 from localsim.analysis.regimes import LAYERS
 from localsim.analysis.similarity import get_measure
@@ -58,9 +59,8 @@ def compare_runs(
         from localsim.rules import get_rule
 
         get_rule(rule)
-    named = ("torchvision:", "timm:")
     subjects = [
-        path if path.startswith(named) else load_run(path).moved(data=data, data_root=data_root, device=device)
+        path if path.startswith(NAMED) else load_run(path).moved(data=data, data_root=data_root, device=device)
         for path in runs
     ]
     made = []

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from localsim.analysis.canvas import COLOURS, MARKERS, new_figure, styled
+from localsim.analysis.canvas import COLOURS, MARKERS, new_figure, styled, wrapped
 from localsim.errors import UserError
 
 if TYPE_CHECKING:
@@ -122,7 +121,7 @@ def similarity_profiles(comparison: Comparison) -> Figure:
                 [point.depth + aside for point in points], [point.value for point in points], yerr=_bars(points),
                 color=colour[other], fmt=f"{_marker(comparison, other)}-", markersize=4, linewidth=1.4, elinewidth=1,
             )  # fmt: skip
-        axes.set_title(_wrapped(regime), fontsize=10)
+        axes.set_title(wrapped(regime), fontsize=10)
         axes.set_xlim(0, 1.05)
     _scale(panels, comparison)
     _share_labels(figure, panels, "depth (share of the unit blocks)", _unit(comparison))
@@ -130,7 +129,7 @@ def similarity_profiles(comparison: Comparison) -> Figure:
     order = [*(regime for regime in regimes if regime in drawn), SEEDS]
     shown = [name for name in order if name in drawn]
     title = f"{_relation(comparison)} the\npanel's regime{pairs}{_bars_are(comparison)}"
-    figure.legend([drawn[name] for name in shown], list(map(_wrapped, shown)), loc="outside right upper", title=title)
+    figure.legend([drawn[name] for name in shown], list(map(wrapped, shown)), loc="outside right upper", title=title)
     return figure
 
 
@@ -157,7 +156,7 @@ def similarity_map(comparison: Comparison, regimes: Sequence[str] | None = None)
             size = 4 + 5 * step / max(1, len(mine) - 1)
             face = "white" if step == 0 else colour[regime]
             axes.plot(a, b, marker=marker, color=colour[regime], markerfacecolor=face, markersize=size, linestyle="",
-                      label=_wrapped(regime) if first and step == len(mine) - 1 else None)  # fmt: skip
+                      label=wrapped(regime) if first and step == len(mine) - 1 else None)  # fmt: skip
     axes.set_aspect("equal", adjustable="datalim")
     axes.set(xlabel=f"first dimension ({shares[0]:.0%} of squared distance)",
              ylabel=f"second dimension ({shares[1]:.0%})")  # fmt: skip
@@ -179,7 +178,7 @@ def similarity_over_training(comparison: Comparison) -> Figure:
     if not trained:
         raise UserError("the comparison holds no steps of training; compare with over_training=True")
     regimes = list(dict.fromkeys(layer.regime for layer in trained))
-    columns = _columns(trained)
+    columns = layer_columns(trained)
     rows = {"its own end": None, "its beginning": 0, **({f"{regimes[0]},\nsame step": -1} if len(regimes) > 1 else {})}
     figure, _ = new_figure(2.2 + 1.7 * len(columns), 0.9 + 1.9 * len(rows), axes=False)
     word = _relation(comparison).split()[-1] if comparison.measure.symmetric else "predicting"
@@ -203,7 +202,7 @@ def similarity_over_training(comparison: Comparison) -> Figure:
     _scale(list(grid.flat), comparison)
     figure.supxlabel("training step")
     figure.supylabel(_unit(comparison))
-    figure.legend(list(handles.values()), list(map(_wrapped, handles)), loc="outside right upper",
+    figure.legend(list(handles.values()), list(map(wrapped, handles)), loc="outside right upper",
                   title=_bars_are(comparison).strip() or None)  # fmt: skip
     return figure
 
@@ -223,7 +222,7 @@ def scaled(distances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return vectors * np.sqrt(values), values / max(total, 1e-300)
 
 
-def _columns(layers: Sequence[Layer]) -> dict[str, list[Layer]]:
+def layer_columns(layers: Sequence[Layer]) -> dict[str, list[Layer]]:
     """Return the layers by column: the names of the regime with most, each layer with its namesake or its nearest."""
     by_regime: dict[str, dict[str, float]] = {}
     for layer in layers:
@@ -321,10 +320,6 @@ def _marker(comparison: Comparison, regime: str) -> str:
     place = comparison.regimes.index(regime)
     # where colours come again, they come with other markers
     return MARKERS[(place + place // len(COLOURS)) % len(MARKERS)]
-
-
-def _wrapped(words: str) -> str:
-    return textwrap.fill(words, 22)
 
 
 def _network(layer: Layer) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -81,7 +82,7 @@ def profile_of(
         for a in first:
             if a.name != name:
                 continue
-            for b in _counterparts(a, second):
+            for b in counterparts(a, second):
                 if among_themselves and (a.seed == b.seed or (symmetric and (b, a) in pairs)):
                     continue
                 related = a.seed == b.seed and a.seed is not None
@@ -92,7 +93,7 @@ def profile_of(
     return points
 
 
-def _counterparts(layer: Layer, others: Sequence[Layer]) -> list[Layer]:
+def counterparts(layer: Layer, others: Sequence[Layer]) -> list[Layer]:
     """Return the layer of each run that lies nearest in depth, of several the namesake, where it is near enough."""
 
     def away(other: Layer) -> tuple[float, bool]:
@@ -110,32 +111,43 @@ def _point(pairs: dict[tuple[Layer, Layer], Score], same_seed: bool, bounds: tup
     draws = np.stack([score.draws for score in scores])  # pairs x resamples
     low = high = None
     if draws.size:
-        low, high = centred_interval(value, _over_seeds(list(pairs), draws, same_seed), *bounds)
+        low, high = centred_interval(value, over_seeds(list(pairs), draws, same_seed), *bounds)
     runs = len({frozenset(((a.regime, a.seed), (b.regime, b.seed))) for a, b in pairs})
     over = "images and seeds" if runs > 1 else "images"
     unseeded = any(layer.seed is None for pair in pairs for layer in pair)
     return ProfilePoint(a.name, a.depth, value, low, high, over, scores[0].n, runs, None if unseeded else same_seed)
 
 
-def _over_seeds(pairs: Sequence[tuple[Layer, Layer]], draws: np.ndarray, same_seed: bool) -> np.ndarray:
+def over_seeds(pairs: Sequence[tuple[Layer, Layer]], draws: np.ndarray, same_seed: bool) -> np.ndarray:
     """Return the mean score of every resample `(resamples,)`: of its images, and of runs drawn with replacement.
 
     Two runs of a seed are drawn together where pairs are of the same seed, else runs are drawn within each regime.
+
+    Args:
+        pairs: of layers of two runs.
+        draws: `(pairs, resamples)` scores of each.
+        same_seed: see `profile_of`.
     """
-    ends = [[("" if same_seed else layer.regime, str(layer.seed)) for layer in pair] for pair in pairs]
+    ends = tuple(tuple(("" if same_seed else layer.regime, str(layer.seed)) for layer in pair) for pair in pairs)
+    return (seed_weights(ends, draws.shape[1], same_seed) * draws).sum(0)
+
+
+@lru_cache(maxsize=32)
+def seed_weights(ends: tuple[tuple[tuple[str, str], ...], ...], number: int, same_seed: bool) -> np.ndarray:
+    """Return the share of each pair of runs, given as (group, seed) twice, in each of `number` draws of the runs."""
     runs = sorted({run for both in ends for run in both})
     place = np.array([[runs.index(run) for run in both] for both in ends])
     groups = [
         [index for index, run in enumerate(runs) if run[0] == group] for group in sorted({run[0] for run in runs})
     ]
-    means = []
-    for number in range(draws.shape[1]):
-        random = np.random.default_rng(key(0, "seeds", number))
-        weights = np.zeros(len(pairs))
+    shares = np.zeros((len(ends), number))
+    for column in range(number):
+        random = np.random.default_rng(key(0, "seeds", column))
+        weights = np.zeros(len(ends))
         while not weights.any():  # of one regime's two seeds, one may be drawn twice: no pair
             counts = np.zeros(len(runs))
             for members in groups:
                 counts[members] = np.bincount(random.integers(len(members), size=len(members)), minlength=len(members))
             weights = counts[place[:, 0]] * (1 if same_seed else counts[place[:, 1]])
-        means.append(np.average(draws[:, number], weights=weights))
-    return np.array(means)
+        shares[:, column] = weights / weights.sum()
+    return shares

@@ -142,6 +142,19 @@ def regime_names(configs: Sequence[Config]) -> list[str]:
     return names
 
 
+def untrained_twins(subjects: Sequence[Subject]) -> dict[str, str | None]:
+    """Return for the regime of every run that learned the regime of its untrained network; None if not among them."""
+    controls = {}
+    for one in subjects:
+        if one.run is not None and not one.learned and one.regime.split()[0] == "untrained":
+            controls[_architecture(one.run.config)] = one.regime
+    twins: dict[str, str | None] = {}
+    for one in subjects:
+        if one.run is not None and one.learned:
+            twins[one.regime] = twins.get(one.regime) or controls.get(_architecture(one.run.config))
+    return twins
+
+
 def common_images(runs: Sequence[Run], number: int | None) -> ImageSet:
     """Return the runs' test images, `number` of them balanced over classes; None: all.
 

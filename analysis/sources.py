@@ -83,9 +83,9 @@ class Source:
         Raises:
             UserError: there is no such network or file, weights do not fit, or `which` has no meaning.
         """
-        from localsim.analysis.catalogue import open_named
+        from localsim.analysis.catalogue import NAMED, open_named
 
-        if isinstance(source, str) and source.startswith(("torchvision:", "timm:")):
+        if isinstance(source, str) and source.startswith(NAMED):
             source = cls(source, **open_named(source, seed))
         elif isinstance(source, str | Path):
             source = load_run(source)
@@ -110,6 +110,16 @@ class Source:
         network.to(open_device(run.config.device))
         grey, crop = colour_and_crop(run.config)
         return cls(name or label, network, run.config.image_size, mean, std, grey, crop, test)
+
+    def whole(self, size: int | None = None) -> Source:
+        """Return the network, to be shown images with nothing cut off at their sides, as animals saw them.
+
+        A run's probe cuts off an eighth of the side, as is usual for objects in the middle of photographs.
+
+        Args:
+            size: pixels; by default its own.
+        """
+        return replace(self, size=self.size if size is None else size, crop=1.0)
 
     @property
     def device(self) -> torch.device:

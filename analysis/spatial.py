@@ -4,6 +4,7 @@
 |---|---|---|---|
 | `mean` | mean over positions, `(n, c)` | mean over all tokens, a class token included, `(n, c)` | as they are |
 | `2x2`, `3x3`, ... | mean over k x k regions, `(n, c * k * k)` | refused: tokens have no grid | as they are |
+| `upto4x4`, ... | the same, or the map as it is where that is coarser | refused | as they are |
 | `flatten` | every number, `(n, c * h * w)` | `(n, t * c)` | as they are |
 | `project1000`, ... | N random projections of `flatten`, `(n, N)` | likewise | likewise |
 
@@ -23,7 +24,9 @@ from torch import Tensor
 from localsim import rng
 from localsim.errors import UserError
 
-SPATIAL = "mean, 2x2 (any k x k), flatten, project1000 (any number)"
+SPATIAL = "mean, 2x2 (any k x k), upto4x4 (likewise), flatten, project1000 (any number)"
+POOLED = "upto4x4"
+"""What bounds the memory of a layer of any network: how maps become vectors to compare with recordings."""
 HELD_BYTES = 256 * 2**20
 """A random projection larger than this is drawn anew, block by block, for every batch, instead of being held."""
 BLOCK_NUMBERS = 2**22
@@ -51,9 +54,8 @@ class Reducer:
     _held: dict[int, list[Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not (
-            isinstance(self.spatial, str) and re.fullmatch(r"mean|flatten|project[1-9]\d*|([1-9]\d*)x\1", self.spatial)
-        ):
+        known = r"mean|flatten|project[1-9]\d*|(?:upto)?([1-9]\d*)x\1"
+        if not (isinstance(self.spatial, str) and re.fullmatch(known, self.spatial)):
             raise UserError(f"unknown spatial handling {self.spatial!r}; allowed: {SPATIAL}")
 
     def __call__(self, x: Tensor, layer: str = "the layer") -> Tensor:
@@ -75,12 +77,14 @@ class Reducer:
                 x = F.adaptive_avg_pool2d(x, self._regions(x, layer))
             return x.flatten(1).float()
 
-    def _regions(self, x: Tensor, layer: str) -> int:
-        k = int(self.spatial.partition("x")[0])
+    def _regions(self, x: Tensor, layer: str) -> int | tuple[int, int]:
+        k = int(self.spatial.removeprefix("upto").partition("x")[0])
         if x.ndim == 3:
             raise UserError(
                 f"spatial {self.spatial} needs maps, but {layer} gives tokens; allowed: mean, flatten, projectN"
             )
+        if self.spatial.startswith("upto"):
+            return min(k, x.shape[2]), min(k, x.shape[3])
         if k > min(x.shape[2:]):
             raise UserError(f"spatial {self.spatial} is finer than the map of {layer}, {x.shape[2]}x{x.shape[3]}")
         return k

@@ -23,6 +23,13 @@ def test_maps_of_known_numbers():
     assert torch.equal(Reducer("4x4")(x), x.flatten(1)) and torch.equal(Reducer("flatten")(x), x.flatten(1))
 
 
+def test_a_map_that_is_coarser_than_asked_for_stays_as_it_is():
+    fine, coarse, oblong = numbers(2, 3, 8, 8), numbers(2, 3, 2, 2), numbers(2, 3, 2, 8)
+    assert torch.equal(Reducer("upto4x4")(fine), Reducer("4x4")(fine))
+    assert torch.equal(Reducer("upto4x4")(coarse), coarse.flatten(1))
+    assert torch.equal(Reducer("upto4x4")(oblong), oblong.unflatten(3, (4, 2)).mean(4).flatten(1))
+
+
 def test_tokens_are_averaged_or_flattened_and_vectors_stay():
     tokens, vectors = numbers(3, 5, 4), numbers(3, 4)
     torch.testing.assert_close(Reducer("mean")(tokens), tokens.sum(1) / 5)
