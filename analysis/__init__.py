@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from localsim.analysis import brain as brain
     from localsim.analysis import geometry as geometry
     from localsim.analysis import plots as plots
     from localsim.analysis.comparison import Comparison as Comparison
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from localsim.analysis.updates import alignment_over_training as alignment_over_training
     from localsim.analysis.updates import gradient_alignment as gradient_alignment
 
-_MODULES = ("geometry", "plots")
+_MODULES = ("brain", "geometry", "plots")
 _WHERE = {
     "comparison": ("Comparison", "compare"),
     "corrupted_probe": ("robustness",),

@@ -201,8 +201,15 @@ def test_the_search_for_names_finds_what_it_should(code, caught):
 def test_no_name_that_analysis_exports_is_that_of_a_module():
     """Importing a module of a package sets its attribute there: a function of the same name would be lost."""
     from localsim import analysis
+    from localsim.analysis import brain
 
-    modules = {path.stem for path in (ROOT / "analysis").glob("*.py")} | {"similarity", "scripts"}
-    assert modules & set(analysis.__all__) == set(analysis._MODULES)
-    for name in analysis.__all__:
-        assert getattr(analysis, name) is getattr(analysis, name), name
+    for package, folder, meant in (
+        (analysis, ROOT / "analysis", analysis._MODULES),
+        (brain, ROOT / "analysis/brain", ()),
+    ):
+        modules = {path.stem for path in folder.glob("*.py")} | {
+            path.parent.name for path in folder.glob("*/__init__.py")
+        }
+        assert modules & set(package.__all__) == set(meant)
+        for name in package.__all__:
+            assert getattr(package, name) is getattr(package, name), name
