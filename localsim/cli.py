@@ -50,6 +50,16 @@ examples:
 """
 
 
+BRAIN_EXAMPLES = """\
+examples:
+  localsim brain runs/first runs/second --recordings my/v4      every stage against every region, with controls
+  localsim brain runs/* --recordings my/v4 --metric pls,rdm     by two metrics; seeds are one regime
+  localsim brain torchvision:resnet50 --recordings my/v4 --image-size 112    a network that is no run
+  localsim brain runs/first --recordings my/v4 --over-training  of a run with --set snapshot_every=1
+  localsim brain runs/first --benchmark MajajHong2015public.IT-pls    a benchmark of Brain-Score
+"""
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
@@ -189,11 +199,55 @@ def make_parser() -> argparse.ArgumentParser:
     where.add_argument("--out", metavar="DIR", help="folder for tables and figures (default: comparisons/NAMES)")
     _debug(where)
 
+    _brain_parser(commands)
+
     rules = _command(commands, "rules", "the rules, their papers and credit matrices", "", _rules)
     rules.add_argument("name", metavar="NAME", nargs="?", help="only this rule")
     rules.add_argument("--stages", metavar="K", type=int, default=4, help="draw the matrices for so many stages")
     _debug(rules)
     return parser
+
+
+def _brain_parser(commands: Any) -> None:
+    brain = _command(commands, "brain", "runs against neural recordings, or benchmarks of Brain-Score", BRAIN_EXAMPLES,
+                     _brain)  # fmt: skip
+    brain.add_argument("runs", metavar="RUN", nargs="*", help="run folders, or torchvision:NAME, timm:NAME")
+    what = brain.add_argument_group("what they are compared with")
+    what.add_argument("--recordings", metavar="DIR", action="append", default=[],
+                      help="a folder of recordings, see docs/recordings.md; may be repeated")  # fmt: skip
+    what.add_argument("--benchmark", metavar="ID",
+                      help="a benchmark of Brain-Score, e.g. MajajHong2015public.IT-pls; needs the extra "
+                           "[brain]")  # fmt: skip
+    what.add_argument("--regions", metavar="NAMES", help="of the recordings, with commas (default: all)")
+    what.add_argument("--bins", metavar="HOW", default="mean", help="time bins: their mean (default), or each")
+    how = brain.add_argument_group("how")
+    how.add_argument("--metric", metavar="NAME",
+                     help="ridgecv (default), pls, ridge, cka, rdm (default for RDMs), rsa; or several: "
+                          "pls,rdm")  # fmt: skip
+    how.add_argument("--layers", metavar="WHICH", default="ends",
+                     help="ends (default: what ends the backbone's own stages), stages, units, readouts, or modules by "
+                          "name: layer2,layer3.0.conv1")  # fmt: skip
+    how.add_argument("--spatial", metavar="HOW", default="upto4x4",
+                     help="maps become vectors by regions (default upto4x4: 4x4, or the map where that is smaller), "
+                          "mean, flatten, or project1000 (any number)")  # fmt: skip
+    how.add_argument("--image-size", metavar="PX", type=int, help="show images at this size (default: as in training)")
+    how.add_argument("--controls", metavar="NAMES", default="untrained,pixels,gabor,shuffled",
+                     help="untrained,pixels,gabor,shuffled (default), calibrated, or none")  # fmt: skip
+    how.add_argument("--over-training", action="store_true", help="every snapshot of the runs too")
+    how.add_argument("--choose-stage", action="store_true",
+                     help="also the best stage of each network, chosen by other images than score it")  # fmt: skip
+    how.add_argument("--resamples", metavar="N", type=int,
+                     help="draws of images and neurons for the 95 %% intervals (default 1000, of rdm, rsa, cka 200; "
+                          "0: none)")  # fmt: skip
+    how.add_argument("--seed", metavar="N", type=int, default=0, help="of the draws (default 0)")
+    where = brain.add_argument_group("where")
+    where.add_argument("--rule", metavar="FILE", help="the file of a rule of your own, for runs made with it; executed")
+    where.add_argument("--data", metavar="DIR", help="where the runs' folder of images lies now")
+    where.add_argument("--data-root", metavar="DIR", help="where the runs' named data set lies now")
+    where.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N (default: the runs')")
+    where.add_argument("--cache", metavar="DIR", help="keep features there, by their content, for another time")
+    where.add_argument("--out", metavar="DIR", help="folder for tables and figures (default: brain/NAMES)")
+    _debug(where)
 
 
 def _command(
@@ -274,6 +328,34 @@ def _compare(arguments: argparse.Namespace) -> int:
     given = {name: value for name, value in vars(arguments).items() if name not in ("command", "debug")}
     compare_runs(**given)
     return 0
+
+
+def _brain(arguments: argparse.Namespace) -> int:
+    given = {name: value for name, value in vars(arguments).items() if name not in ("command", "debug", "benchmark")}
+    if bool(arguments.recordings) == bool(arguments.benchmark):
+        raise UserError("brain needs either --recordings DIR or --benchmark ID")
+    if arguments.benchmark:
+        from localsim.analysis.brain.benchmarks import score_benchmarks
+
+        unused = _changed(arguments, "brain", {"runs", "benchmark", "layers", "spatial", "image_size", "rule", "data",
+                                               "data_root", "device", "out", "debug", "command"})  # fmt: skip
+        if unused:
+            raise UserError(f"--{unused[0].replace('_', '-')} has no meaning for --benchmark")
+        score_benchmarks(given.pop("runs"), arguments.benchmark, **{
+            name: given[name]
+            for name in ("layers", "spatial", "image_size", "rule", "data", "data_root", "device", "out")
+        })  # fmt: skip
+        return 0
+    from localsim.analysis.brain.command import score_runs
+
+    score_runs(**given)
+    return 0
+
+
+def _changed(arguments: argparse.Namespace, command: str, allowed: set[str]) -> list[str]:
+    """Return the options that were given another value than their default, but for those allowed."""
+    defaults = vars(make_parser().parse_args([command]))
+    return [name for name, value in vars(arguments).items() if name not in allowed and value != defaults[name]]
 
 
 def _rules(arguments: argparse.Namespace) -> int:

@@ -16,6 +16,8 @@ FLAGS = {
     "probe": "--rule --protocol --epochs --report --images --seed --data --data-root --device --debug",
     "compare": "--measure --layers --spatial --images --controls --over-training --resamples --permutations --seed "
     "--rule --data --data-root --device --cache --out --debug",
+    "brain": "--recordings --benchmark --regions --bins --metric --layers --spatial --image-size --controls "
+    "--over-training --choose-stage --resamples --seed --rule --data --data-root --device --cache --out --debug",
     "rules": "--stages --debug",
 }
 
