@@ -105,7 +105,7 @@ def _lines(axes: Axes, scores: BrainScores, place: Place, handles: dict[str, Any
     found = {regime: profile(scores, place, regime) for regime in look}
     depths = sorted({0.0, *(point.depth for points in found.values() for point in points)})
     # side by side, so that bars of equal scores stay visible, but nearer to their depth than to the next
-    aside = min(0.006, 0.5 * min(np.diff(depths), default=1) / max(1, len(look)))
+    aside = min(0.012, 0.5 * min(np.diff(depths), default=1) / max(1, len(look)))
     for number, (regime, points) in enumerate(found.items()):
         x = [point.depth + aside * (number - (len(look) - 1) / 2) for point in points]
         handles[regime] = axes.errorbar(

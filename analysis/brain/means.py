@@ -27,6 +27,8 @@ class SeedMean:
         draws: `(draws,)` the mean of every resample, of seeds too where there are several.
         interval: 95 %, None without resamples.
         each: the score of each seed.
+        seeds: the seeds, None for networks that have none.
+        chance, ceiled: means over seeds; None where scores have none.
     """
 
     name: str
@@ -35,6 +37,9 @@ class SeedMean:
     draws: np.ndarray
     interval: tuple[float, float] | None
     each: tuple[float, ...]
+    seeds: tuple[int | None, ...]
+    chance: float | None
+    ceiled: float | None
 
 
 def seed_mean(name: str, depth: float, scores: Mapping[int | None, BrainScore]) -> SeedMean:
@@ -45,7 +50,11 @@ def seed_mean(name: str, depth: float, scores: Mapping[int | None, BrainScore]) 
     draws = over_seeds([(run, run) for run in runs], draws, True)
     one = next(iter(scores.values()))
     interval = centred_interval(value, draws, one.low, one.high) if draws.size else None
-    return SeedMean(name, depth, value, draws, interval, each)
+    chance, ceiled = (
+        None if None in (parts := [getattr(one, part) for one in scores.values()]) else fmean(parts)
+        for part in ("chance", "ceiled")
+    )
+    return SeedMean(name, depth, value, draws, interval, each, tuple(scores), chance, ceiled)
 
 
 def profile(scores: BrainScores, place: Place, regime: str) -> list[SeedMean]:

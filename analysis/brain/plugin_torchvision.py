@@ -89,7 +89,8 @@ class Wrapper(PytorchWrapper):
             elif output.ndim == 4 and spatial != "flatten":
                 k = int(spatial.removeprefix("upto").partition("x")[0])
                 # upto: a map that is coarser stays as it is
-                output = F.adaptive_avg_pool2d(output, [min(k, side) for side in output.shape[2:]])
+                rows, columns = (min(k, side) for side in output.shape[2:])
+                output = F.adaptive_avg_pool2d(output, (rows, columns))
             # copied: the next layer may work in place
             target_dict[layer_name] = output.flatten(1).to("cpu", torch.float32, copy=True).numpy()
 

@@ -7,11 +7,11 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from localsim.analysis.brain.contrasts import BrainDifference, differences, references_of
+from localsim.analysis.brain.means import SeedMean, members, profile
 from localsim.analysis.brain.scores import EVERY
 
 if TYPE_CHECKING:
     from localsim.analysis.brain.scores import BrainScores, Place
-    from localsim.analysis.regimes import Layer
 
 
 def as_text(scores: BrainScores) -> str:
@@ -27,48 +27,39 @@ def as_text(scores: BrainScores) -> str:
 
 def _table(scores: BrainScores, place: Place) -> list[str]:
     recording, region = place
-    layers = [layer for layer in scores.layers if layer.step is None]
-    first = scores.score(recording, region, layers[0])
-    members = _members(scores, place)
-    name = f"mean over {len(members)} recordings{recording.removeprefix(EVERY)}" if len(members) > 1 else recording
-    lines = [
-        f"{region}, {name}: {first.n} images, {first.neurons} {_what(scores)}; {_ceiling(scores, members, region)}"
-    ]
-    labels = [" ".join(filter(None, (layer.regime, _seed(layer), layer.name))) for layer in layers]
-    width = max(map(len, labels))
-    for label, layer in zip(labels, layers, strict=True):
-        one = scores.score(recording, region, layer)
+    first = next(one for (name, area, _), one in scores.scores.items() if (name, area) == place)
+    pooled = members(scores, place)
+    name = f"mean over {len(pooled)} recordings{recording.removeprefix(EVERY)}" if len(pooled) > 1 else recording
+    lines = [f"{region}, {name}: {first.n} images, {first.neurons} {_what(scores)}; {_ceiling(scores, pooled)}"]
+    rows = [(_network(regime, one), one) for regime in scores.regimes for one in profile(scores, place, regime)]
+    width = max(len(f"{network} {one.name}") for network, one in rows)
+    for network, one in rows:
         interval = "" if one.interval is None else f" [{one.interval[0]:.3f}, {one.interval[1]:.3f}]"
         more = "" if one.ceiled is None else f"  of ceiling {one.ceiled:+.3f}"
         more += "" if one.chance is None else f"  shuffled {one.chance:+.3f}"
-        lines.append(f"  {label:<{width}}  {one.value:+.3f}{interval}{more}")
+        lines.append(f"  {f'{network} {one.name}':<{width}}  {one.value:+.3f}{interval}{more}")
     return lines
 
 
-def _members(scores: BrainScores, place: Place) -> list[str]:
-    """Return the recordings that a place stands for: itself, or those it is the mean of."""
-    groups = {(group["recording"], group["region"]): group["of"] for group in scores.record["pooled"]}
-    return groups.get(place, [place[0]])
-
-
-def _seed(layer: Layer) -> str:
-    return "" if layer.seed is None else f"seed {layer.seed}"
+def _network(regime: str, one: SeedMean) -> str:
+    if one.seeds == (None,):
+        return regime
+    return f"{regime} seed {one.seeds[0]}" if len(one.seeds) == 1 else f"{regime}, {len(one.seeds)} seeds,"
 
 
 def _what(scores: BrainScores) -> str:
     return "matrices" if scores.metric.takes != "responses" and scores.record["matrices"] else "neurons"
 
 
-def _ceiling(scores: BrainScores, members: Sequence[str], region: str) -> str:
-    layer = scores.layers[0]
-    found = {name: scores.score(name, region, layer) for name in members}
+def _ceiling(scores: BrainScores, places: Sequence[Place]) -> str:
+    found = {place[0]: scores.score(*place, scores.layers[0]) for place in places}
     known = {name: one.ceiling for name, one in found.items() if one.ceiling is not None}
     if not known:
-        return f"no ceiling: {found[members[0]].unceiled}"
+        return f"no ceiling: {next(iter(found.values())).unceiled}"
     ceiling = next(iter(known.values()))
     lower = "" if ceiling.lower is None else f", lower bound {ceiling.lower:.3f}"
-    values = ", ".join(f"{one.value:.3f}" + f" in {name}" * (len(members) > 1) for name, one in known.items())
-    return f"ceiling {values} ({ceiling.kind}{lower})" + " only" * (len(known) < len(members))
+    values = ", ".join(f"{one.value:.3f}" + f" in {name}" * (len(places) > 1) for name, one in known.items())
+    return f"ceiling {values} ({ceiling.kind}{lower})" + " only" * (len(known) < len(places))
 
 
 def _differences(scores: BrainScores, place: Place) -> list[str]:
@@ -89,11 +80,13 @@ def _pairs(found: Sequence[BrainDifference]) -> str:
 
 def _best(scores: BrainScores, place: Place) -> list[str]:
     """Return the cross-validated best stages, averaged over the recordings that a place stands for."""
-    members = _members(scores, place)
+    recordings = [name for name, _ in members(scores, place)]
     lines = []
     for regime in scores.regimes:
         own = [
-            one for one in scores.best if one.regime == regime and one.region == place[1] and one.recording in members
+            one
+            for one in scores.best
+            if one.regime == regime and one.region == place[1] and one.recording in recordings
         ]
         if own:
             names = dict.fromkeys(layer.name for layer in scores.finished(regime))
