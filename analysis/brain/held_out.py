@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
 
 from localsim.analysis.brain import regression
 from localsim.analysis.brain.recordings import Recording
@@ -92,6 +94,8 @@ class HeldOut:
     def scores(self, layer: Layer) -> tuple[np.ndarray, np.ndarray]:
         """Return Pearson's r of held-out predictions `(splits, q)`, and the score of every resample `(draws,)`.
 
+        As many splits at a time as torch has threads; their number changes no bit.
+
         r is NaN, and the neuron left out of that split as in Brain-Score, where its responses are constant over the
         images fitted or tested. A resample weights the tested images of a split by how often it has them; one in which
         these are fewer than two different images has no score for that split.
@@ -99,22 +103,28 @@ class HeldOut:
         Raises:
             UserError: too many components, or a split in which no neuron varies.
         """
-        found = np.empty((len(self.folds), self.targets.shape[1]))
-        medians = np.empty((len(self.folds), len(self.counts)))
-        for place, (train, test) in enumerate(self.folds):
-            self.fit.check(len(train), layer.features)
-            predicted = self.fit.predict(layer, self.targets, train, test)
-            constant = (self.targets[train] == self.targets[train[0]]).all(0)
-            predicted[:, constant] = 0
-            found[place] = weighted_correlation(np.ones((1, len(test))), predicted, self.targets[test])[0]
-            if np.isnan(found[place]).all():
-                raise UserError(f"no neuron varies over both the fitted and the tested images of split {place + 1}")
-            drawn = weighted_correlation(self.counts[:, test], predicted, self.targets[test])
-            medians[place] = median(np.take_along_axis(drawn, self.neurons, axis=1))
-        draws = mean(medians)
+        from threadpoolctl import threadpool_limits
+
+        # a split a thread: threads inside a product of a thousand images mostly wait for each other
+        with threadpool_limits(1), ThreadPoolExecutor(min(torch.get_num_threads(), len(self.folds))) as pool:
+            made = list(pool.map(lambda place: self._fold(layer, place), range(len(self.folds))))
+        draws = mean(np.stack([medians for _, medians in made]))
         if np.isnan(draws).any():
             raise UserError("too few images are tested for an interval; allowed: more images or splits, or draws=0")
-        return found, draws
+        return np.stack([r for r, _ in made]), draws
+
+    def _fold(self, layer: Layer, place: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return r `(q,)` of one split, and the median over neurons of every resample `(draws,)`."""
+        train, test = self.folds[place]
+        self.fit.check(len(train), layer.features)
+        predicted = self.fit.predict(layer, self.targets, train, test)
+        constant = (self.targets[train] == self.targets[train[0]]).all(0)
+        predicted[:, constant] = 0
+        r = weighted_correlation(np.ones((1, len(test))), predicted, self.targets[test])[0]
+        if np.isnan(r).all():
+            raise UserError(f"no neuron varies over both the fitted and the tested images of split {place + 1}")
+        drawn = weighted_correlation(self.counts[:, test], predicted, self.targets[test])
+        return r, median(np.take_along_axis(drawn, self.neurons, axis=1))
 
 
 def weighted_correlation(weights: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -35,6 +35,7 @@ _EPS = np.finfo(np.float64).eps
 _TOLERANCE, _MOST = 1e-6, 500  # scikit-learn's, of PLSRegression
 _EXHAUSTED = 1e-13  # of a variance: what float64 leaves of a direction that the features do not have
 _NEURONS = 128  # whose products are held at a time
+_ROUGH, _NEAR = 1e-6, 1e-4  # of errors of penalties: what is left out, and up to where they are compared exactly
 _KEPT = 10  # eigendecompositions kept at a time: Brain-Score's splits of one layer
 _KEPT_IMAGES = 2500  # above, 10 of them are more than 0.5 GB and are made anew for every region
 
@@ -176,8 +177,9 @@ def ridgecv(values: np.ndarray, vectors: np.ndarray, targets: np.ndarray) -> tup
     with the intercept's direction taken out of G^-1 (Rifkin & Lippert 2007, MIT-CSAIL-TR-2007-025): scikit-learn's
     RidgeCV. One penalty for all neurons; of equal errors, the first of `ALPHAS` counts.
 
-    Of all penalties together, c is Q W, W the columns of 1 / (eigenvalue + alpha): smooth in alpha, and so to float64's
-    rounding of a rank r of about 20. So r products with Q are enough for all 99.
+    Of all penalties together, c is Q W, W the columns of 1 / (eigenvalue + alpha): smooth in alpha, and so to six digits
+    of a rank r of about 20. So r products with Q, in float32, tell which penalties may be the best; their errors are
+    then compared in float64.
 
     Args:
         values, vectors: eigenvalues `(n - 1,)` and eigenvectors `(n, n - 1)` of the centred kernel, less the constant.
@@ -186,19 +188,35 @@ def ridgecv(values: np.ndarray, vectors: np.ndarray, targets: np.ndarray) -> tup
     alphas = np.asarray(ALPHAS)
     z = vectors.T @ targets
     shrunk = 1 / (values[:, None] + alphas)
-    scale = shrunk.max(0)
-    basis, singular, mixing = np.linalg.svd(shrunk / scale, full_matrices=False)
-    rank = int((singular > 8 * _EPS * singular[0]).sum())
-    basis, mixing = basis[:, :rank], singular[:rank, None] * mixing[:rank]
-    inner = np.zeros((len(vectors), rank, rank))
-    for start in range(0, z.shape[1], _NEURONS):
-        some = z[:, start : start + _NEURONS]
-        parts = (vectors @ (basis[:, :, None] * some[:, None]).reshape(len(z), -1)).reshape(len(vectors), rank, -1)
-        inner += parts @ parts.transpose(0, 2, 1)
-    squares = ((inner @ mixing) * mixing).sum(1)
-    diagonal = np.square(vectors) @ (shrunk / scale)
-    best = int(np.argmin((squares / diagonal**2).mean(0)))
-    return vectors @ (shrunk[:, best, None] * z), float(alphas[best])
+    scale = shrunk.max(0)  # else errors of large penalties would be lost beside those of small ones
+    inverse = np.square(vectors) @ (shrunk / scale)  # d, in these units
+    rough = _errors(vectors.astype(np.float32), z.astype(np.float32), shrunk / scale, inverse)
+    near = np.flatnonzero(rough <= rough.min() * (1 + _NEAR))
+    duals = [vectors @ (shrunk[:, place, None] * z) for place in near]
+    errors = [
+        np.square(dual / (inverse[:, place, None] * scale[place])).mean()
+        for dual, place in zip(duals, near, strict=True)
+    ]
+    best = int(np.argmin(errors))
+    return duals[best], float(alphas[near[best]])
+
+
+def _errors(vectors: np.ndarray, z: np.ndarray, shrunk: np.ndarray, inverse: np.ndarray) -> np.ndarray:
+    """Return the leave-one-out error of every penalty `(penalties,)`, to the precision of float32.
+
+    Args:
+        vectors: `(n, n - 1)`.
+        z: targets on these `(n - 1, q)`.
+        shrunk: W, each column in units of its own `(n - 1, penalties)`.
+        inverse: d, in these units `(n, penalties)`.
+    """
+    basis, singular, mixing = np.linalg.svd(shrunk, full_matrices=False)
+    rank = int((singular > _ROUGH * singular[0]).sum())
+    basis, mixing = basis[:, :rank].astype(z.dtype), (singular[:rank, None] * mixing[:rank]).astype(z.dtype)
+    parts = np.stack([vectors @ (column[:, None] * z) for column in basis.T], axis=1)  # (n, r, q)
+    inner = parts @ parts.transpose(0, 2, 1)  # (n, r, r)
+    squares = np.einsum("nra,ra->na", inner @ mixing, mixing, optimize=True)
+    return (squares / inverse**2).mean(0)
 
 
 @lru_cache(maxsize=_KEPT)
