@@ -90,7 +90,7 @@ class Subject:
 
 
 def open_subjects(
-    given: Sequence[Any], *, controls: Sequence[str] = ("untrained",), over_training: bool = False
+    given: Sequence[Any], *, controls: Sequence[str] = ("untrained",), over_training: bool = False, seed: int = 0
 ) -> list[Subject]:
     """Return the networks to compare, controls first.
 
@@ -98,6 +98,7 @@ def open_subjects(
         given: runs or their folders, networks as `features` takes them, `Features`, or mappings of layers to arrays.
         controls: of `CONTROLS`, those to add for the runs: one for each architecture, seed and data set.
         over_training: add the untrained network and every snapshot of each run as steps of its training.
+        seed: of untrained networks by name.
 
     Raises:
         UserError: an unknown control, a run that is given twice, or one asked for over training without snapshots.
@@ -116,7 +117,7 @@ def open_subjects(
             made = one if isinstance(one, Features) else Features.of_arrays(one, name=f"arrays {number}")
             subjects.append(Subject(str(made.record["source"]), None, None, features=made))
         else:
-            source = Source.of(one)
+            source = Source.of(one, seed=seed)
             subjects.append(Subject(source.name, None, None, lambda source=source: source))
     subjects = _told_apart(subjects)
     present = {_architecture(run.config) for run in runs if not _learns(run)}

@@ -52,11 +52,12 @@ examples:
 
 BRAIN_EXAMPLES = """\
 examples:
-  localsim brain runs/first runs/second --recordings my/v4      every stage against every region, with controls
+  localsim brain runs/first runs/second --recordings my/v4      every region, with controls
   localsim brain runs/* --recordings my/v4 --metric pls,rdm     by two metrics; seeds are one regime
   localsim brain torchvision:resnet50 --recordings my/v4 --image-size 112    a network that is no run
   localsim brain runs/first --recordings my/v4 --over-training  of a run with --set snapshot_every=1
   localsim brain runs/first --benchmark MajajHong2015public.IT-pls    a benchmark of Brain-Score
+  localsim brain runs/* --recordings my/v4 --benchmark Cowley2026.V4-pls    with layers that the recordings choose
 """
 
 
@@ -216,8 +217,8 @@ def _brain_parser(commands: Any) -> None:
     what.add_argument("--recordings", metavar="DIR", action="append", default=[],
                       help="a folder of recordings, see docs/recordings.md; may be repeated")  # fmt: skip
     what.add_argument("--benchmark", metavar="ID",
-                      help="a benchmark of Brain-Score, e.g. MajajHong2015public.IT-pls; needs the extra "
-                           "[brain]")  # fmt: skip
+                      help="a benchmark of Brain-Score, e.g. MajajHong2015public.IT-pls: every layer, or with "
+                           "--recordings the layer that these choose; needs the extra [brain]")  # fmt: skip
     what.add_argument("--regions", metavar="NAMES", help="of the recordings, with commas (default: all)")
     what.add_argument("--bins", metavar="HOW", default="mean", help="time bins: their mean (default), or each")
     how = brain.add_argument_group("how")
@@ -332,23 +333,26 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 def _brain(arguments: argparse.Namespace) -> int:
     given = {name: value for name, value in vars(arguments).items() if name not in ("command", "debug", "benchmark")}
-    if bool(arguments.recordings) == bool(arguments.benchmark):
-        raise UserError("brain needs either --recordings DIR or --benchmark ID")
-    if arguments.benchmark:
-        from localsim.analysis.brain.benchmarks import score_benchmarks
+    if not arguments.benchmark:
+        if not arguments.recordings:
+            raise UserError("brain needs either --recordings DIR or --benchmark ID, or both")
+        from localsim.analysis.brain.command import score_runs
 
-        unused = _changed(arguments, "brain", {"runs", "benchmark", "layers", "spatial", "image_size", "rule", "data",
-                                               "data_root", "device", "out", "debug", "command"})  # fmt: skip
-        if unused:
-            raise UserError(f"--{unused[0].replace('_', '-')} has no meaning for --benchmark")
-        score_benchmarks(given.pop("runs"), arguments.benchmark, **{
-            name: given[name]
-            for name in ("layers", "spatial", "image_size", "rule", "data", "data_root", "device", "out")
-        })  # fmt: skip
+        score_runs(**given)
         return 0
-    from localsim.analysis.brain.command import score_runs
+    from localsim.analysis.brain.benchmarks import score_benchmarks, score_chosen_layers
 
-    score_runs(**given)
+    if arguments.recordings:
+        score_chosen_layers(benchmark=arguments.benchmark, **given)
+        return 0
+    own = {"layers", "spatial", "image_size", "rule", "data", "data_root", "device", "out"}
+    changed = _changed(arguments, "brain", own | {"runs", "benchmark", "debug", "command"})
+    if unused := [name for name in changed if name != "controls"]:
+        raise UserError(f"--{unused[0].replace('_', '-')} has no meaning for --benchmark without --recordings")
+    options = {name: given[name] for name in own}
+    if changed:  # by default those among the controls that are networks
+        options["controls"] = [] if arguments.controls == "none" else arguments.controls.split(",")
+    score_benchmarks(arguments.runs, arguments.benchmark, **options)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from localsim.analysis.brain.metrics import NeuralMetric, get_metric
 from localsim.analysis.brain.recordings import Recording
 from localsim.analysis.brain.stage_choice import check_folds
 from localsim.analysis.statistics import check_resamples
+from localsim.data.images import image_shape
 from localsim.errors import UserError, one_of
 
 BINS = ("mean", "each")
@@ -62,6 +64,7 @@ def check_recordings(
 ) -> None:
     """Raise UserError for a region that does not fit the metric, before any network has run."""
     for one in recorded:
+        _warn_of_cut(one)
         try:
             check_resamples(len(one), metric.resamples if resamples is None else resamples)
             for region in one.areas:
@@ -71,3 +74,15 @@ def check_recordings(
         except UserError as error:
             told = any(f"{before}{one.name}" in f". {error}" for before in (". ", "recording ", "of "))
             raise error if told else UserError(f"recording {one.name}: {error}") from None
+
+
+def _warn_of_cut(recording: Recording) -> None:
+    """Warn where networks, which see squares, are not shown all of an image."""
+    shown = recording.images
+    shape = tuple(shown.images.shape[2:]) if shown.images is not None else image_shape((shown.paths or ())[0])
+    if shape is not None and shape[0] != shape[1]:
+        warnings.warn(
+            f"images of {recording.name} have {shape[0]} x {shape[1]} pixels, of which networks are shown the central "
+            "square; pad them to squares to show all",
+            stacklevel=2,
+        )

@@ -1,7 +1,7 @@
 """Brain-Score's own benchmarks, for any network: where data cannot be had, one sentence says so.
 
 What else is needed of Brain-Score can be had from here too: `prepare` and `brainscore_at_hand` (`preparing`),
-`brain_model` (`models`).
+`brain_model` and `brain_models` (`models`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from localsim.analysis.brain.models import brain_model as brain_model
+from localsim.analysis.brain.models import brain_models as brain_models
 from localsim.analysis.brain.models import region_layers_from as region_layers_from
 from localsim.analysis.brain.preparing import INSTALL as INSTALL
 from localsim.analysis.brain.preparing import brainscore_at_hand as brainscore_at_hand

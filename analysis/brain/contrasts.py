@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from localsim.analysis.profiles import counterparts, over_seeds
+from localsim.analysis.brain.means import enough_seeds, mean_draws
+from localsim.analysis.profiles import counterparts
 from localsim.analysis.regimes import Layer
 from localsim.analysis.statistics import centred_interval
 from localsim.errors import UserError
@@ -28,6 +29,7 @@ class BrainDifference:
         layer, reference_layer: the two layers.
         depth: of the first.
         value: mean over seeds of `regime - reference`, raw scores.
+        each: the difference of each pair of runs.
         low, high: its 95 % interval; None without resamples.
         over: what the interval is over.
         pairs: how many pairs of networks.
@@ -44,6 +46,7 @@ class BrainDifference:
     reference_layer: str
     depth: float
     value: float
+    each: tuple[float, ...]
     low: float | None
     high: float | None
     over: str
@@ -51,6 +54,10 @@ class BrainDifference:
     same_seed: bool | None
     n: int
     neurons: int
+
+    def to_row(self) -> dict[str, Any]:
+        """Return the fields as one line of a table."""
+        return asdict(self) | {"each": " ".join(f"{one:.6g}" for one in self.each)}
 
     def __str__(self) -> str:
         interval = "" if self.low is None else f" [{self.low:+.3f}, {self.high:+.3f}]"
@@ -65,8 +72,9 @@ def differences(
         d = mean_s (score of regime, seed s - score of reference, seed s)
 
     Every draw of images and neurons is the same for both sides, so that what makes an image or neuron easy for both
-    cancels. Runs are paired by seed where regimes share seeds, else every run of one goes with every run of the other;
-    where there are several pairs, they are drawn anew with each draw, and the interval is over seeds too. A baseline,
+    cancels. Runs are paired by seed where regimes share seeds, else each of one goes with each of the other.
+    From `ENOUGH_SEEDS` on, on both sides, runs are drawn anew with each draw, and the interval is over seeds too; of
+    fewer it says what other images and neurons would change, not what other seeds would: look at `each`. A baseline,
     which has no depth, is held against every layer.
 
     Args:
@@ -88,18 +96,18 @@ def differences(
                 continue
             same_seed = all(a.seed == b.seed for a, b in pairs)
             both = [tuple(scores.score(recording, region, layer) for layer in pair) for pair in pairs]
-            value = fmean(a.value - b.value for a, b in both)
+            each = tuple(a.value - b.value for a, b in both)
+            value = fmean(each)
             draws = np.stack([a.draws - b.draws for a, b in both])
             low = high = None
             if draws.size:
-                low, high = centred_interval(value, over_seeds(pairs, draws, same_seed))
+                low, high = centred_interval(value, mean_draws(pairs, draws, same_seed=same_seed))
             (a, b), one = pairs[0], both[0][0]
             unseeded = any(layer.seed is None for pair in pairs for layer in pair)
-            seeds = " and seeds" if len(pairs) > 1 else ""
+            seeds = " and seeds" if enough_seeds(pairs) else "; runs held fixed"
             found.append(BrainDifference(
-                scores.metric.name, recording, region, regime, reference, a.name, b.name, a.depth, value, low, high,
-                f"{scores.metric.over}{seeds}", len(pairs),
-                None if unseeded else same_seed, one.n, one.neurons,
+                scores.metric.name, recording, region, regime, reference, a.name, b.name, a.depth, value, each, low,
+                high, f"{scores.metric.over}{seeds}", len(pairs), None if unseeded else same_seed, one.n, one.neurons,
             ))  # fmt: skip
     return found
 

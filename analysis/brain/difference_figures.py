@@ -90,13 +90,13 @@ def _whisker(axes: Axes, one: BrainDifference, height: float, look: dict[str, An
 def _small_print(found: dict[tuple[str, str], list[BrainDifference]], width: int) -> list[str]:
     """Return what the intervals are over and what was paired, in lines of a width in characters."""
     every = [one for several in found.values() for one in several]
-    # what is over seeds too says so behind what all are over
-    over = min((one.over for one in every if one.low is not None), key=len, default="")
-    seeds = ", and seeds where several" if any(one.over != over for one in every) else ""
+    over = " or ".join(dict.fromkeys(one.over for one in every if one.low is not None))
     words = {True: "of the same seed", False: "of different seeds", None: "without seeds"}
     pairs: dict[str, list[int]] = {}
     for one in every:
         pairs.setdefault(words[one.same_seed], []).append(one.pairs)
-    text = f"95 % intervals over {over}{seeds}; open: holds zero; " if over else "no intervals: no resamples; "
+    text = (
+        f"95 % intervals, each by itself, over {over}; open: holds zero; " if over else "no intervals: no resamples; "
+    )
     counted = (f"{' or '.join(map(str, sorted(set(numbers))))} {word}" for word, numbers in pairs.items())
     return wrap(f"{text}pairs of networks: {', '.join(counted)}", width)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from localsim.analysis.brain.means import SeedMean, members
+from localsim.analysis.brain.means import SeedMean, counted, members
 from localsim.analysis.brain.scores import EVERY
 from localsim.analysis.canvas import COLOURS, MARKERS, wrapped
 
@@ -72,7 +72,7 @@ def intervals_are(scores: BrainScores, marks: str) -> list[str]:
     if several_seeds(scores):
         lines.append("means over seeds")
     if scores.record["resamples"]:
-        also = ", and seeds where several" if several_seeds(scores) else ""
+        also = "; runs held fixed where fewer than 5 seeds" if several_seeds(scores) else ""
         lines += textwrap.wrap(f"{marks}: 95 % intervals over {scores.metric.over}{also}", 28)
     else:
         lines.append("no intervals: no resamples")
@@ -91,9 +91,7 @@ def where(scores: BrainScores, place: Place) -> str:
 
 def counts(scores: BrainScores, place: Place) -> str:
     """Return how many images and neurons a place has."""
-    one = scores.score(*place, scores.layers[0])
-    what = "matrices" if scores.record["matrices"] else "neurons"
-    return f"n = {one.n} images, {one.neurons} {what}"
+    return f"n = {counted(scores, place)}"
 
 
 def panel_grid(figure: Figure, number: int, columns: int) -> list[Axes]:

@@ -81,7 +81,7 @@ def scores_by_depth(scores: BrainScores) -> Figure:
     for place, axes in panels.items():
         (low, high), text = limits[place], "no ceiling"
         if place in ceilings:
-            text = f"raw ceiling {_ends(ceilings[place], 2)}{'' if near else ', far above'}"
+            text = f"score at the ceiling {_ends(ceilings[place], 2)}{'' if near else ', far above'}"
             if near:
                 handles[CEILING] = _ceiling(axes, ceilings[place])
                 high = max(high, min(ceilings[place][1], reach[place]))
@@ -193,13 +193,13 @@ def score_matrix(scores: BrainScores) -> Figure:
     axes.set_xticks(range(len(places)), headings, fontsize=SMALL, rotation=0 if wide else 90)
     middles = [(start + end - 1) / 2 for start, end in zip(starts, [*starts[1:], rows], strict=True)]
     if named:
-        axes.set_yticks([*range(rows), last], [*(layer.name for layer in layers), "raw ceiling"], fontsize=7)
+        axes.set_yticks([*range(rows), last], [*(layer.name for layer in layers), "score at the ceiling"], fontsize=7)
         beyond = axes.secondary_yaxis("right")
         beyond.set_yticks(middles, titles, fontsize=8.5)
         beyond.tick_params(length=0)
         beyond.spines[:].set_visible(False)
     else:
-        axes.set_yticks([*middles, last], [*titles, "raw ceiling"], fontsize=8)
+        axes.set_yticks([*middles, last], [*titles, "score at the ceiling"], fontsize=8)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.grid(False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 
 from localsim.analysis.brain import regression
-from localsim.analysis.brain.recordings import Recording
+from localsim.analysis.brain.recordings import Recording, Seeds
 from localsim.analysis.brain.regression import Layer
 from localsim.analysis.brain.splits import Folds, cross_validation
 from localsim.analysis.statistics import resample
@@ -72,7 +71,7 @@ class HeldOut:
 
     @classmethod
     def of(
-        cls, recording: Recording, fit: Regression, splits: int, train_size: float, draws: int, seed: int
+        cls, recording: Recording, fit: Regression, splits: int, train_size: float, draws: int, seeds: Seeds
     ) -> HeldOut:
         """Return the neurons of one region.
 
@@ -88,8 +87,9 @@ class HeldOut:
                 f"which nothing can be correlated with; leave out {len(constant)} such of {q} neurons"
             )
         folds = cross_validation(n, recording.groups, splits, train_size)
-        neurons = np.array(list(resample(q, draws, key(seed, "neurons"))), dtype=np.int64).reshape(draws, q)
-        return cls(fit, targets, folds, _image_counts(folds, n, draws, seed), neurons)
+        fit.check(len(folds[0][0]), len(folds[0][0]))  # what the layers' features allow is known later
+        neurons = np.array(list(resample(q, draws, key(seeds.units, "neurons"))), dtype=np.int64).reshape(draws, q)
+        return cls(fit, targets, folds, _image_counts(folds, n, draws, seeds.images), neurons)
 
     def scores(self, layer: Layer) -> tuple[np.ndarray, np.ndarray]:
         """Return Pearson's r of held-out predictions `(splits, q)`, and the score of every resample `(draws,)`.
@@ -146,9 +146,10 @@ def median(r: np.ndarray) -> np.ndarray:
     """Return the median over neurons `(m,)` of r `(m, q)`, over those that are not NaN; NaN where all are."""
     if not np.isnan(r).any():
         return np.median(r, axis=1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of rows that are all NaN
-        return np.nanmedian(r, axis=1)
+    found, given = np.full(len(r), np.nan), ~np.isnan(r).all(1)
+    if given.any():
+        found[given] = np.nanmedian(r[given], axis=1)  # would warn of the others, and filters are shared by threads
+    return found
 
 
 def mean(r: np.ndarray) -> np.ndarray:

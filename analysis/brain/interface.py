@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, Protocol
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from localsim.analysis.brain.ceilings import Ceiling
 from localsim.analysis.brain.held_out import HeldOut
-from localsim.analysis.brain.recordings import Recording
+from localsim.analysis.brain.recordings import Recording, Seeds
 from localsim.analysis.statistics import check_resamples
 from localsim.errors import UserError
 from localsim.rng import key
@@ -84,12 +84,13 @@ class NeuralMetric:
         low, high: the range of its values.
         over: what an interval of it is over, in words.
         resamples: how many draws an interval takes if nothing is said.
+        shuffles: in how many orders images are mismatched for the chance level: fewer where each takes a fit.
         squared: whether it is squared before it is divided by the ceiling.
+        options: what it was made with, such as the number of splits.
         represent: features `(n, p)` (an array, also memory-mapped, or a tensor) and `device=` to a predictor. UserError
             where the features are constant, not finite or no table.
-        target: one region of a recording, `draws=` and `seed=` to a target. UserError where the recording does not fit
-            the metric: too few images, neurons or subjects, groups that cannot be stratified.
-        compare: predictor and target to an outcome. UserError where these have another number of images.
+        prepare: one region of a recording, a number of draws and their seeds to what `target` returns.
+        score: a predictor and a target's content to an outcome.
     """
 
     name: str
@@ -99,11 +100,13 @@ class NeuralMetric:
     takes: Literal["responses", "rdms", "both"]
     over: str
     resamples: int
+    shuffles: int
+    options: Mapping[str, float] = field(default_factory=dict)
     squared: bool = True
     low: float = -1.0
     high: float = 1.0
     represent: Callable[..., Any]
-    prepare: Callable[[Recording, int, int], Target]
+    prepare: Callable[[Recording, int, Seeds], Target]
     score: Callable[[Any, Any], Outcome]
 
     def target(self, recording: Recording, *, draws: int = 0, seed: int = 0) -> Target:
@@ -112,7 +115,8 @@ class NeuralMetric:
         Args:
             recording: of one region.
             draws: resamples for an interval: 0, or 20 or more.
-            seed: of the resamples, which depend on it, the recording's name, region, images and neurons only.
+            seed: of the resamples. Which images are drawn depends on it and the images alone, so that recordings,
+                regions and time bins of the same images share their draws; which neurons, on recording and region too.
 
         Raises:
             UserError: a recording that does not fit the metric.
@@ -129,8 +133,9 @@ class NeuralMetric:
         if draws < 0:
             raise UserError(f"{draws} draws are not possible; allowed: 0 (none), or 20 or more")
         check_resamples(len(recording), draws)
-        units = len(recording.regions)
-        return self.prepare(recording, draws, key(seed, recording.name, recording.areas[0], len(recording), units))
+        shown = key(seed, recording.images_hash) if draws else 0
+        units = key(seed, recording.name, recording.areas[0], len(recording), len(recording.regions))
+        return self.prepare(recording, draws, Seeds(shown, units))
 
     def compare(self, predictor: Predictor, target: Target) -> Outcome:
         """Return the score of a layer for a region.

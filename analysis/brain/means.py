@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from localsim.analysis.brain.scores import BrainScore, BrainScores, Place
 
 
+ENOUGH_SEEDS = 5
+"""From how many runs on an interval is over seeds too: of two, redrawing covers the truth half of the time."""
+
+
 @dataclass(frozen=True, eq=False)
 class SeedMean:
     """The score of one layer of a regime for one region, on average over seeds.
@@ -24,7 +28,7 @@ class SeedMean:
     Attributes:
         name, depth: of the layer.
         value: the mean.
-        draws: `(draws,)` the mean of every resample, of seeds too where there are several.
+        draws: `(draws,)` the mean of every resample, of seeds too from `ENOUGH_SEEDS` on.
         interval: 95 %, None without resamples.
         each: the score of each seed.
         seeds: the seeds, None for networks that have none.
@@ -43,11 +47,11 @@ class SeedMean:
 
 
 def seed_mean(name: str, depth: float, scores: Mapping[int | None, BrainScore]) -> SeedMean:
-    """Return the mean of scores of one layer by seed; seeds are drawn anew with each draw of images and neurons."""
+    """Return the mean of scores of one layer by seed."""
     each = tuple(one.value for one in scores.values())
     value, draws = fmean(each), np.stack([one.draws for one in scores.values()])
     runs = [Layer("", seed, None, name, depth) for seed in scores]
-    draws = over_seeds([(run, run) for run in runs], draws, True)
+    draws = mean_draws([(run, run) for run in runs], draws, same_seed=True)
     one = next(iter(scores.values()))
     interval = centred_interval(value, draws, one.low, one.high) if draws.size else None
     chance, ceiled = (
@@ -55,6 +59,24 @@ def seed_mean(name: str, depth: float, scores: Mapping[int | None, BrainScore]) 
         for part in ("chance", "ceiled")
     )
     return SeedMean(name, depth, value, draws, interval, each, tuple(scores), chance, ceiled)
+
+
+def mean_draws(pairs: Sequence[tuple[Layer, Layer]], draws: np.ndarray, *, same_seed: bool) -> np.ndarray:
+    """Return the mean over pairs of runs `(draws,)` of `(pairs, draws)`; from `ENOUGH_SEEDS` on of runs drawn anew."""
+    return over_seeds(pairs, draws, same_seed) if enough_seeds(pairs) else draws.mean(0)
+
+
+def enough_seeds(pairs: Sequence[tuple[Layer, Layer]]) -> bool:
+    """Return whether each side has `ENOUGH_SEEDS` runs, or no seed: of a baseline or given network there is but one."""
+    sides = [{layer.seed for layer in side} - {None} for side in zip(*pairs, strict=True)]
+    return min((len(side) for side in sides if side), default=0) >= ENOUGH_SEEDS
+
+
+def counted(scores: BrainScores, place: Place) -> str:
+    """Return how many images, and neurons or matrices, a place has, in words."""
+    one = scores.score(*place, scores.layers[0])
+    of = scores.record["recordings"][members(scores, place)[0][0]]["of"]
+    return f"{one.n} images, {one.neurons} " + (of if one.neurons > 1 else {"matrices": "matrix"}.get(of, of[:-1]))
 
 
 def profile(scores: BrainScores, place: Place, regime: str) -> list[SeedMean]:

@@ -22,7 +22,7 @@ from localsim.analysis.brain.ceilings import (
 from localsim.analysis.brain.held_out import HeldOut, Regression, mean, median
 from localsim.analysis.brain.interface import NeuralMetric, Outcome, Predictor, Target
 from localsim.analysis.brain.matrices import Dissimilarities, Products
-from localsim.analysis.brain.recordings import Recording
+from localsim.analysis.brain.recordings import Recording, Seeds
 from localsim.analysis.brain.regression import ALPHAS, Layer
 from localsim.analysis.brain.resampled import Resampled, ResponsePairs, SubjectPairs, by_subject
 from localsim.analysis.brain.splits import check_splits
@@ -34,8 +34,8 @@ __all__ = ["METRICS", "NAMES", "Ceiling", "NeuralMetric", "Outcome", "Predictor"
 def _regression(method: Literal["pls", "ridge", "ridgecv"], splits: int, train_size: float, components: int) -> dict:
     fit = Regression(method, components)
 
-    def prepare(recording: Recording, draws: int, seed: int) -> Target:
-        held_out = HeldOut.of(recording, fit, splits, train_size, draws, seed)
+    def prepare(recording: Recording, draws: int, seeds: Seeds) -> Target:
+        held_out = HeldOut.of(recording, fit, splits, train_size, draws, seeds)
         return Target(recording, held_out, lambda: internal_consistency(recording, pearson, "neurons"))
 
     def score(layer: Layer, held_out: HeldOut) -> Outcome:
@@ -48,12 +48,12 @@ def _regression(method: Literal["pls", "ridge", "ridgecv"], splits: int, train_s
 def _pairs(kind: Literal["rdm", "cka"]) -> dict:
     similarity = {"rdm": rdm_similarity, "cka": cka_similarity}[kind]
 
-    def prepare(recording: Recording, draws: int, seed: int) -> Target:
+    def prepare(recording: Recording, draws: int, seeds: Seeds) -> Target:
         whose = f"{recording.name} {recording.areas[0]}"
         if recording.responses is None:
-            source = SubjectPairs(by_subject(recording)[1], True, whose, seed, draws)
+            source = SubjectPairs(by_subject(recording)[1], True, whose, seeds, draws)
         else:
-            source = ResponsePairs(recording.means(), kind, whose, seed, draws)
+            source = ResponsePairs(recording.means(), kind, whose, seeds, draws)
         made = Resampled(source)
         _ = made.whole  # so that a recording that does not fit is refused here
         return Target(recording, made, lambda: internal_consistency(recording, similarity, kind))
@@ -65,14 +65,15 @@ def _pairs(kind: Literal["rdm", "cka"]) -> dict:
 
 
 def _subjects() -> dict:
-    def prepare(recording: Recording, draws: int, seed: int) -> Target:
+    def prepare(recording: Recording, draws: int, seeds: Seeds) -> Target:
         names, rdms = by_subject(recording)
         if len(names) < 2:
             raise UserError(
-                f"{recording.name} {recording.areas[0]} has 1 subject, {names[0]}; rsa needs 2 or more; allowed: rdm"
+                f"{recording.name} {recording.areas[0]} has 1 subject, {names[0]}; rsa needs 2 or more; allowed: rdm, "
+                "or other regions (--regions, in Python regions=[...])"
             )
         whose = f"{len(names)} subjects"
-        made = Resampled(SubjectPairs(rdms, False, whose, seed, draws))
+        made = Resampled(SubjectPairs(rdms, False, whose, seeds, draws))
         return Target(recording, made, lambda: subject_ceiling(rdms, whose))
 
     def score(layer: Dissimilarities, made: Resampled) -> Outcome:
@@ -84,7 +85,7 @@ def _subjects() -> dict:
 
 
 def _make(name: str, splits: int, train_size: float, components: int) -> NeuralMetric:
-    by_split = "median over neurons, mean over splits"
+    by_split = f"median over neurons, mean over {splits} splits, {train_size:.0%} of the images fitted"
     if name in ("pls", "ridge", "ridgecv"):
         words = {
             "pls": f"partial least squares with {components} components",
@@ -101,14 +102,19 @@ def _make(name: str, splits: int, train_size: float, components: int) -> NeuralM
             "ridge": "load_metric('ridge')",
             "ridgecv": "CrossRegressedCorrelation(dual_ridge_cv_regression(), pearsonr_correlation())",
         }
+        every = {"splits": splits, "train_size": train_size, "components": components}
+        options = {option: value for option, value in every.items() if option in _USES[name]}
+        as_there = all(value == _DEFAULTS[option] for option, value in options.items())
         return NeuralMetric(
             name=name,
             summary=f"Pearson's r of neurons with held-out predictions by {words[name]}: {by_split}.",
             source=sources[name],
-            brainscore=theirs[name],
+            brainscore=theirs[name] + ("" if as_there else f", with {options}"),
             takes="responses",
             over="images (fits held fixed) and neurons",
             resamples=1000,
+            shuffles=1,
+            options=options,
             **_regression(name, splits, train_size, components),
         )
     if name == "rdm":
@@ -120,6 +126,7 @@ def _make(name: str, splits: int, train_size: float, components: int) -> NeuralM
             takes="both",
             over="halves of the images, and neurons or subjects",
             resamples=200,
+            shuffles=20,
             **_pairs("rdm"),
         )
     if name == "rsa":
@@ -131,6 +138,7 @@ def _make(name: str, splits: int, train_size: float, components: int) -> NeuralM
             takes="both",
             over="halves of the images, and subjects",
             resamples=200,
+            shuffles=20,
             squared=False,
             **_subjects(),
         )
@@ -142,6 +150,7 @@ def _make(name: str, splits: int, train_size: float, components: int) -> NeuralM
         takes="responses",
         over="halves of the images, and neurons",
         resamples=200,
+        shuffles=20,
         **_pairs("cka"),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import difflib
 import hashlib
+import os
 import re
 import shutil
 from collections import OrderedDict
@@ -63,29 +64,69 @@ def brain_model(
     Raises:
         UserError: no such source or layer, or Brain-Score is not at hand.
     """
+    return brain_models(
+        source,
+        [region_layers],
+        degrees=degrees,
+        spatial=spatial,
+        which=which,
+        batch_size=batch_size,
+        seed=seed,
+        identifier=identifier,
+    )[0]
+
+
+def brain_models(
+    source: Source | Run | str | Path | nn.Module,
+    commitments: Sequence[Mapping[str, str]],
+    *,
+    degrees: float = 8,
+    spatial: str = POOLED,
+    which: str | int = "trained",
+    batch_size: int = 64,
+    seed: int = 0,
+    identifier: str | None = None,
+) -> list[ModelCommitment]:
+    """Return a network as several of Brain-Score's BrainModels, one for each choice of layers for regions.
+
+    They give what `brain_model` gives for each choice. The first that sees a set of images takes the features of the
+    layers of all choices in one pass and keeps them in memory for the others, unless half of the memory that is left
+    would not hold them; sets of images are told apart by their files' names and contents.
+
+    Args:
+        commitments: what `brain_model` takes as `region_layers`, several times.
+        source, degrees, spatial, which, batch_size, seed, identifier: see `brain_model`.
+
+    Raises:
+        UserError: as `brain_model` says.
+    """
     brainscore_at_hand()
     reducer = Reducer(spatial, seed)
     opened = Source.of(source, which=which, seed=seed)
     opened = opened if isinstance(source, Source) else opened.whole()
-    if not region_layers:
+    if not commitments or not all(commitments):
         raise UserError("no region has a layer; name some, such as V4=stage2 IT=stage3")
     if not 0 < degrees < 180:
         raise UserError(f"degrees is {degrees!r}; allowed: above 0 and below 180 degrees of visual angle")
     if type(batch_size) is not int or batch_size < 1:
         raise UserError(f"batch_size is {batch_size!r}; allowed: whole numbers from 1")
-    layers = list(dict.fromkeys(region_layers.values()))
+    layers = list(dict.fromkeys(layer for one in commitments for layer in one.values()))
     requests_for(opened, layers)
     with quiet():
         from brainscore_vision.model_helpers.brain_transformation import ModelCommitment  # type: ignore[import-not-found]
 
         identifier = identifier or identifier_of(opened, reducer)
-        return ModelCommitment(
-            identifier=identifier,
-            activations_model=_activations(opened, reducer, batch_size, identifier),
-            layers=layers,
-            region_layer_map=dict(region_layers),
-            visual_degrees=degrees,
-        )
+        activations = _activations(opened, reducer, batch_size, identifier, layers if len(commitments) > 1 else [])
+        return [
+            ModelCommitment(
+                identifier=identifier,
+                activations_model=activations,
+                layers=list(dict.fromkeys(one.values())),
+                region_layer_map=dict(one),
+                visual_degrees=degrees,
+            )
+            for one in commitments
+        ]
 
 
 def identifier_of(source: Source, reducer: Reducer) -> str:
@@ -125,13 +166,20 @@ def requests_for(source: Source, layers: Sequence[str]) -> dict[str, Any]:
     return asked
 
 
-def _activations(source: Source, reducer: Reducer, batch_size: int, identifier: str) -> Any:
-    """Return what Brain-Score asks for activations: its own extractor, which shows images and runs layers our way."""
+def _activations(
+    source: Source, reducer: Reducer, batch_size: int, identifier: str, together: Sequence[str] = ()
+) -> Any:
+    """Return what Brain-Score asks for activations: its own extractor, which shows images and runs layers our way.
+
+    The layers named by `together` are taken in one pass and kept, see `brain_models`.
+    """
+    from brainscore_vision.benchmark_helpers.memory import available_memory_gb  # type: ignore[import-not-found]
     from brainscore_vision.model_helpers.activations import core  # type: ignore[import-not-found]
 
     look = {"size": source.size, "mean": source.mean, "std": source.std, "grey": source.grey, "crop": source.crop}
     # images come to it as the network is shown them
     as_shown = replace(source, size=None, mean=None, std=None, grey=False, crop=None)
+    kept: dict[bytes, OrderedDict[str, np.ndarray]] = {}
 
     class Activations(core.ActivationsExtractorHelper):
         @property
@@ -140,6 +188,21 @@ def _activations(source: Source, reducer: Reducer, batch_size: int, identifier: 
 
         def _pad(self, batch_images: Any, batch_size: int) -> tuple[Any, int]:
             return batch_images, 0  # a longer last batch could change its last bits
+
+        def _get_activations_batched(
+            self, paths: Sequence[str], layers: Sequence[str], batch_size: int, require_variance: bool
+        ) -> OrderedDict[str, np.ndarray]:
+            take = super()._get_activations_batched
+            if not together or require_variance:
+                return take(paths, layers, batch_size, require_variance)
+            if (content := _content_of(paths)) not in kept:
+                # Brain-Score tries every model with one image first, to ask for memory: how large rows are is known
+                row = sum(one[0].nbytes for one in next(iter(kept.values()), {}).values())
+                if row * len(paths) > available_memory_gb() * 2**30 / 2:
+                    return take(paths, layers, batch_size, require_variance)
+                kept[content] = take(paths, together, batch_size, require_variance)
+            # copied: a metric may work in place
+            return OrderedDict((layer, kept[content][layer].copy()) for layer in layers)
 
     def show(paths: Sequence[str]) -> np.ndarray:
         try:
@@ -164,6 +227,15 @@ def _activations(source: Source, reducer: Reducer, batch_size: int, identifier: 
     if core._probe_image_path is not None:
         _removed_at_the_end(Path(core._probe_image_path).parent)
     return made
+
+
+def _content_of(paths: Sequence[str]) -> bytes:
+    """Return the SHA-256 of names and contents of files, in order: Brain-Score remembers by name what it shifted."""
+    try:
+        parts = ((os.fsencode(path), Path(path).read_bytes()) for path in paths)
+        return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for both in parts for part in both)).digest()
+    except OSError as error:
+        raise UserError(f"a stimulus cannot be read: {error.filename}: {error.strerror}") from None
 
 
 @cache

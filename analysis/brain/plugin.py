@@ -6,12 +6,14 @@ import re
 import secrets
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from localsim import __version__
 from localsim.analysis.brain.models import identifier_of, requests_for
@@ -19,9 +21,14 @@ from localsim.analysis.extraction import feature_batches
 from localsim.analysis.feature_store import refuse_existing
 from localsim.analysis.sources import Source
 from localsim.analysis.spatial import POOLED, Reducer
+from localsim.assembly import build_credit, build_trunk, open_patches, trunk_size
+from localsim.backbones import unit_shapes
+from localsim.config import Config
 from localsim.errors import UserError
 from localsim.files import write_json, write_text
-from localsim.network import LocalNetwork
+from localsim.network import LocalNetwork, Objective, Stage, Tap
+from localsim.rules.choices import at_tap, listed
+from localsim.rules.readouts import make_readout
 from localsim.runs import Run, opened_run
 
 TORCHVISION = ("resnet18", "resnet34", "resnet50", "resnet101", "vgg11", "vgg11_bn")
@@ -72,7 +79,7 @@ def export_plugin(
 
     The plugin gives the activations that `brain_model` gives. Where the backbone is torchvision's and the layers are
     stages, unit blocks or modules, it needs torch, torchvision and safetensors only, and layers get torchvision's
-    names; otherwise it needs localsim.
+    names; otherwise it needs localsim, but not the file of a rule of one's own.
 
     Args:
         run: a run or its folder.
@@ -118,6 +125,25 @@ def export_plugin(
     return identifier
 
 
+def network_without_heads(config: Config) -> LocalNetwork:
+    """Return the trunk of a configuration with its readouts, untrained; heads are left out, and noise at boundaries.
+
+    Needs no rule where the configuration has a credit matrix.
+    """
+    backbone, stages = build_trunk(config)
+    credit, shapes = build_credit(config, len(stages)), unit_shapes(backbone, trunk_size(config))
+    patches = open_patches(config)
+    grid = patches.grid(config.image_size) if patches else None
+    names = listed(config.readout, "readout")
+    taps = []
+    for tap, stage in enumerate(credit.taps):
+        name, shape = at_tap(names, tap, credit.num_taps, "readout"), shapes[stages[stage][-1]]
+        readout = make_readout(name, shape, expand_width=config.expand_width, grid=grid)
+        taps.append(Tap(stage, readout, nn.Identity(), cast(Objective, None)))  # nothing here asks for a loss
+    cut = [Stage([backbone.units[unit] for unit in units]) for units in stages]
+    return LocalNetwork(cut, taps, credit, patches=patches, image_size=config.image_size)
+
+
 def _torchvision_layers(run: Run, network: Any, region_layers: Mapping[str, str], spatial: str) -> dict[str, str]:
     """Return the layers under torchvision's names; none if the network or what is read of it is not torchvision's."""
     assert isinstance(network, LocalNetwork)
@@ -149,7 +175,8 @@ def _write(
     tensors = network.trunk_state_dict()
     if not alone:  # heads are gone, so these are readouts'
         tensors |= {f"taps.{name}": tensor for name, tensor in network.taps.state_dict().items()}
-        write_json(folder / "config.json", config.to_json())
+        # with its matrix in place of the rule's, whose file may not be where the plugin is loaded
+        write_json(folder / "config.json", replace(config, credit=network.credit.to_config(), reach=None).to_json())
     weights = folder / "weights.safetensors"
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, weights)
     digest = sha256(weights.read_bytes()).hexdigest()

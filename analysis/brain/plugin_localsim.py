@@ -6,20 +6,27 @@ shown, which layers stand for which regions and how they are pooled.
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 from brainscore_vision.model_helpers.brain_transformation import ModelCommitment  # type: ignore[import-not-found]
-from torch import nn
 
 from localsim.analysis.brain.models import brain_model
+from localsim.analysis.brain.plugin import network_without_heads
 from localsim.analysis.sources import Source
-from localsim.assembly import build_network
 from localsim.config import Config
 from localsim.network import LocalNetwork
 from localsim.runs import load_tensors
 
 HERE = Path(__file__).parent
 SETTINGS = json.loads((HERE / "settings.json").read_text(encoding="utf-8"))
+DEFAULTS = {
+    "BRAINSCORE_HOME": "~/.brain-score",
+    "BRAINIO_HOME": "~/.brainio",
+    "RESULTCACHING_HOME": "~/.result_caching",
+    "RESULTCACHING_DISABLE": "0",
+    "MT_HOME": "~/.model-tools",
+}
 
 
 def get_network() -> LocalNetwork:
@@ -27,9 +34,7 @@ def get_network() -> LocalNetwork:
     weights, config = HERE / "weights.safetensors", HERE / "config.json"
     if hashlib.sha256(weights.read_bytes()).hexdigest() != SETTINGS["weights_sha256"]:
         raise ValueError(f"{weights} does not hold the weights that were exported: its SHA-256 is another")
-    network = build_network(Config.from_json(json.loads(config.read_text(encoding="utf-8")), config))
-    for tap in network.taps:
-        tap.head = nn.Identity()
+    network = network_without_heads(Config.from_json(json.loads(config.read_text(encoding="utf-8")), config))
     tensors = load_tensors(weights)
     trunk = {name: tensor for name, tensor in tensors.items() if not name.startswith("taps.")}
     network.load_trunk_state_dict(trunk)
@@ -39,6 +44,9 @@ def get_network() -> LocalNetwork:
 
 def get_model() -> ModelCommitment:
     """Return the network as Brain-Score's BrainModel."""
+    for variable, default in DEFAULTS.items():
+        # Brain-Score, which loads this file, keeps its own ways: where they are not set, localsim would set others
+        os.environ.setdefault(variable, str(Path(default).expanduser()))
     identifier, look = SETTINGS["identifier"], ("size", "mean", "std", "grey", "crop")
     region_layers = json.loads((HERE / "region_layer_map" / f"{identifier}.json").read_text(encoding="utf-8"))
     return brain_model(

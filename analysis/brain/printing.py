@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from localsim.analysis.brain.contrasts import BrainDifference, differences, references_of
-from localsim.analysis.brain.means import SeedMean, members, profile
+from localsim.analysis.brain.means import SeedMean, counted, members, profile
 from localsim.analysis.brain.scores import EVERY
 
 if TYPE_CHECKING:
@@ -27,28 +27,26 @@ def as_text(scores: BrainScores) -> str:
 
 def _table(scores: BrainScores, place: Place) -> list[str]:
     recording, region = place
-    first = next(one for (name, area, _), one in scores.scores.items() if (name, area) == place)
     pooled = members(scores, place)
     name = f"mean over {len(pooled)} recordings{recording.removeprefix(EVERY)}" if len(pooled) > 1 else recording
-    lines = [f"{region}, {name}: {first.n} images, {first.neurons} {_what(scores)}; {_ceiling(scores, pooled)}"]
-    rows = [(_network(regime, one), one) for regime in scores.regimes for one in profile(scores, place, regime)]
-    width = max(len(f"{network} {one.name}") for network, one in rows)
-    for network, one in rows:
+    lines = [f"{region}, {name}: {counted(scores, place)}; {_ceiling(scores, pooled)}"]
+    rows = [(_label(regime, one), one) for regime in scores.regimes for one in profile(scores, place, regime)]
+    width = max(len(label) for label, _ in rows)
+    for label, one in rows:
         interval = "" if one.interval is None else f" [{one.interval[0]:.3f}, {one.interval[1]:.3f}]"
         more = "" if one.ceiled is None else f"  of ceiling {one.ceiled:+.3f}"
         more += "" if one.chance is None else f"  shuffled {one.chance:+.3f}"
-        lines.append(f"  {f'{network} {one.name}':<{width}}  {one.value:+.3f}{interval}{more}")
+        lines.append(f"  {label:<{width}}  {one.value:+.3f}{interval}{more}")
     return lines
 
 
-def _network(regime: str, one: SeedMean) -> str:
-    if one.seeds == (None,):
+def _label(regime: str, one: SeedMean) -> str:
+    if regime == one.name:
         return regime
-    return f"{regime} seed {one.seeds[0]}" if len(one.seeds) == 1 else f"{regime}, {len(one.seeds)} seeds,"
-
-
-def _what(scores: BrainScores) -> str:
-    return "matrices" if scores.metric.takes != "responses" and scores.record["matrices"] else "neurons"
+    if one.seeds == (None,):
+        return f"{regime} {one.name}"
+    seeds = f" seed {one.seeds[0]}" if len(one.seeds) == 1 else f", {len(one.seeds)} seeds,"
+    return f"{regime}{seeds} {one.name}"
 
 
 def _ceiling(scores: BrainScores, places: Sequence[Place]) -> str:
@@ -59,7 +57,10 @@ def _ceiling(scores: BrainScores, places: Sequence[Place]) -> str:
     ceiling = next(iter(known.values()))
     lower = "" if ceiling.lower is None else f", lower bound {ceiling.lower:.3f}"
     values = ", ".join(f"{one.value:.3f}" + f" in {name}" * (len(places) > 1) for name, one in known.items())
-    return f"ceiling {values} ({ceiling.kind}{lower})" + " only" * (len(known) < len(places))
+    told = f"ceiling {values} ({ceiling.kind}{lower})"
+    if len(known) < len(places):
+        return f"{told} only"
+    return f"{told}; of ceiling: {'sign(r) r²' if scores.metric.squared else 'r'} / ceiling"
 
 
 def _differences(scores: BrainScores, place: Place) -> list[str]:

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from localsim.data import ImageSet
 from localsim.errors import UserError, one_of
 from localsim.rng import key
 
 MIN_IMAGES = 4
+_HASHES: WeakKeyDictionary[ImageSet, str] = WeakKeyDictionary()
+
+
+class Seeds(NamedTuple):
+    """Of resamples: `images` is the same wherever the same images were shown, `units` (neurons, subjects) is not."""
+
+    images: int
+    units: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,12 +33,12 @@ class Recording:
 
     Attributes:
         name: for tables; recordings that are analysed together have different ones.
-        images: n of them, in the order of the rows below.
+        images: n of them, in the order of the rows below; an array of them, uint8 `(n, 3, H, W)`, becomes an ImageSet.
         responses: `(n, neurons, trials, bins)` float64 in `unit`, NaN where a trial was not given; one trial where
             trials were averaged before. None where there are RDMs.
         rdms: `(matrices, n, n)` float64, symmetric, zero on the diagonal: of several subjects or sessions, or None.
-        regions: area of each neuron or matrix.
-        subjects: whose each neuron or matrix is.
+        regions: area of each neuron or matrix, or one word for all.
+        subjects: whose each neuron or matrix is, or one word for all.
         names: of each neuron or matrix.
         stimuli: of each image; by default its number.
         groups: category of each image, by which cross-validation is stratified as Brain-Score's `object_name` is; or
@@ -59,6 +72,7 @@ class Recording:
             raise UserError("a recording has no name; allowed: any text, for tables")
         if self.degrees is not None and not 0 < self.degrees < 180:
             raise UserError(f"degrees of {self.name} is {self.degrees}; allowed: above 0 and below 180")
+        self._check_images()
         n = len(self.images)
         if n < MIN_IMAGES:
             raise UserError(f"recording {self.name} has {n} images; allowed: {MIN_IMAGES} or more")
@@ -73,6 +87,9 @@ class Recording:
             "names": tuple(str(number) for number in range(1, count + 1)),
             "stimuli": tuple(f"{number:0{len(str(n))}d}" for number in range(1, n + 1)),
         }
+        for field in ("regions", "subjects"):
+            if isinstance(word := getattr(self, field), str):
+                object.__setattr__(self, field, (word,) * count)  # the same for all
         for field, default in defaults.items():
             object.__setattr__(self, field, tuple(map(str, getattr(self, field))) or default)
         if self.groups is not None:
@@ -84,6 +101,22 @@ class Recording:
         if len(set(self.stimuli)) != n:
             twice = next(one for one in self.stimuli if self.stimuli.count(one) > 1)
             raise UserError(f"recording {self.name} has two images called {twice!r}; average their responses first")
+
+    def _check_images(self) -> None:
+        given = self.images
+        if isinstance(given, np.ndarray | Tensor):
+            object.__setattr__(self, "images", ImageSet(torch.as_tensor(given), None, None))
+        elif not isinstance(given, ImageSet):
+            raise UserError(
+                f"images of {self.name} are of type {type(given).__name__}; allowed: an ImageSet or an array"
+            )
+        shown = self.images.images
+        if shown is not None and (shown.ndim != 4 or shown.shape[1] != 3 or shown.dtype != torch.uint8):
+            dtype = str(shown.dtype).removeprefix("torch.")
+            raise UserError(
+                f"images of {self.name} are {dtype} of shape {tuple(shown.shape)}; allowed: uint8 (images, 3, height, "
+                "width), grey ones three times"
+            )
 
     def _check_responses(self, n: int) -> int:
         given = np.asarray(self.responses, dtype=np.float64)
@@ -124,6 +157,20 @@ class Recording:
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def images_hash(self) -> str:
+        """SHA-256 of all images in order: of their pixels, or of their files' bytes."""
+        shown = self.images
+        if shown not in _HASHES:  # regions and time bins share it
+            digest = hashlib.sha256()
+            for image in shown.images if shown.images is not None else ():
+                digest.update(f"{tuple(image.shape)}".encode())
+                digest.update(image.contiguous().numpy())
+            for path in shown.paths or ():
+                digest.update(hashlib.sha256(path.read_bytes()).digest())
+            _HASHES[shown] = digest.hexdigest()
+        return _HASHES[shown]
+
     def __repr__(self) -> str:
         what = (
             f"{self.responses.shape[1]} neurons x {self.trials} trials x {self.responses.shape[3]} bins"
@@ -141,6 +188,13 @@ class Recording:
     def trials(self) -> int:
         """The most trials any image has; 1 where they were averaged, 0 for RDMs."""
         return 0 if self.responses is None else self.responses.shape[2]
+
+    @property
+    def answers_hash(self) -> str:
+        """SHA-256 of the responses or RDMs."""
+        answers = self.responses if self.responses is not None else self.rdms
+        assert answers is not None
+        return hashlib.sha256(f"{answers.shape}".encode() + np.ascontiguousarray(answers).tobytes()).hexdigest()
 
     def of(self, region: str) -> Recording:
         """Return the neurons or matrices of one region; UserError where there is none."""
@@ -169,9 +223,11 @@ class Recording:
         )
 
     def shuffled(self, seed: int = 0) -> Recording:
-        """Return the recording with what belongs to one image given to another: the chance level of any score."""
+        """Return the recording with what belongs to each image given to another: the chance level of any score."""
         order = np.random.default_rng(key(seed, "images shuffled", len(self))).permutation(len(self))
-        return replace(self, **self._rows(order))
+        rows = np.empty(len(self), dtype=np.int64)
+        rows[order] = np.roll(order, 1)  # one cycle through all images: none keeps its own
+        return replace(self, **self._rows(rows))
 
     def _rows(self, images: np.ndarray) -> dict[str, np.ndarray]:
         if self.responses is not None:

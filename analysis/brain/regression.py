@@ -177,9 +177,9 @@ def ridgecv(values: np.ndarray, vectors: np.ndarray, targets: np.ndarray) -> tup
     with the intercept's direction taken out of G^-1 (Rifkin & Lippert 2007, MIT-CSAIL-TR-2007-025): scikit-learn's
     RidgeCV. One penalty for all neurons; of equal errors, the first of `ALPHAS` counts.
 
-    Of all penalties together, c is Q W, W the columns of 1 / (eigenvalue + alpha): smooth in alpha, and so to six digits
-    of a rank r of about 20. So r products with Q, in float32, tell which penalties may be the best; their errors are
-    then compared in float64.
+    Of all penalties together, c is Q W, W the columns of 1 / (eigenvalue + alpha): smooth in alpha, and so, to six
+    digits, of a rank r of about 20. So r products with Q, in float32, tell which penalties may be the best; of these
+    alone errors are computed in float64.
 
     Args:
         values, vectors: eigenvalues `(n - 1,)` and eigenvectors `(n, n - 1)` of the centred kernel, less the constant.

@@ -10,7 +10,7 @@ from itertools import islice
 import numpy as np
 
 from localsim.analysis.brain.matrices import Matrix, ranks, response_rdm, silent, u_centred, upper
-from localsim.analysis.brain.recordings import Recording
+from localsim.analysis.brain.recordings import Recording, Seeds
 from localsim.analysis.statistics import half_samples
 from localsim.errors import UserError
 from localsim.rng import key
@@ -30,7 +30,7 @@ class ResponsePairs:
     responses: np.ndarray
     kind: str  # rdm or cka
     whose: str
-    seed: int
+    seeds: Seeds
     draws: int
 
     def whole(self) -> np.ndarray:
@@ -41,10 +41,10 @@ class ResponsePairs:
     def resamples(self, first: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield images and their pairs of length 1, from some number on."""
         n, neurons = self.responses.shape
-        for number, half in enumerate(half_samples(n, self.draws, self.seed)):
+        for number, half in enumerate(half_samples(n, self.draws, self.seeds.images)):
             if number < first:
                 continue
-            rng = np.random.default_rng(key(self.seed, "neurons", number))
+            rng = np.random.default_rng(key(self.seeds.units, "neurons", number))
             for _ in range(100):
                 images, drawn = half, self.responses[half][:, rng.integers(neurons, size=neurons)]
                 if self.kind == "rdm":
@@ -77,7 +77,7 @@ class SubjectPairs:
     rdms: np.ndarray
     averaged: bool
     whose: str
-    seed: int
+    seeds: Seeds
     draws: int
 
     @cached_property
@@ -91,10 +91,10 @@ class SubjectPairs:
     def resamples(self, first: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield images and what a layer's pairs are multiplied with, from some number on."""
         subjects, n, _ = self.rdms.shape
-        for number, images in enumerate(half_samples(n, self.draws, self.seed)):
+        for number, images in enumerate(half_samples(n, self.draws, self.seeds.images)):
             if number < first:
                 continue
-            rng = np.random.default_rng(key(self.seed, "subjects", number))
+            rng = np.random.default_rng(key(self.seeds.units, "subjects", number))
             drawn = rng.integers(subjects, size=subjects)
             yield images, self._compared(self.rdms[np.ix_(drawn, images, images)])
 

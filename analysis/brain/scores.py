@@ -59,8 +59,8 @@ class BrainScore:
         return centred_interval(self.value, self.draws, self.low, self.high) if len(self.draws) else None
 
     @classmethod
-    def mean(cls, scores: Sequence[BrainScore]) -> BrainScore:
-        """Return the mean over recordings, whose images and neurons are drawn independently of each other's."""
+    def mean(cls, scores: Sequence[BrainScore], n: int) -> BrainScore:
+        """Return the mean over recordings, of n different images in all; equal images are drawn alike in each."""
         chances = [one.chance for one in scores if one.chance is not None]
         ceilings = [one.ceiling for one in scores if one.ceiling is not None]
         ceiled = [one.ceiled for one in scores if one.ceiled is not None]
@@ -71,7 +71,7 @@ class BrainScore:
             fmean(chances) if len(chances) == whole else None,
             Ceiling(fmean(one.value for one in ceilings), ceilings[0].kind, None) if len(ceilings) == whole else None,
             fmean(ceiled) if len(ceiled) == whole else None,
-            sum(one.n for one in scores),
+            n,
             sum(one.neurons for one in scores),
             scores[0].low,
             scores[0].high,
@@ -210,7 +210,7 @@ class BrainScores:
             "metric": {name: getattr(self.metric, name) for name in names},
             "record": dict(self.record),
             "rows": [asdict(row) for row in self.rows],
-            "differences": [asdict(row) for row in all_differences(self)],
+            "differences": [asdict(row) | {"each": list(row.each)} for row in all_differences(self)],
             "best_stages": [asdict(row) for row in self.best],
         }
 
@@ -228,7 +228,7 @@ class BrainScores:
         if path.exists():
             raise UserError(f"{path} exists already; choose another folder, or move it away")
         write_text(path / "scores.csv", self.to_csv())
-        found = [asdict(row) for row in all_differences(self)]
+        found = [row.to_row() for row in all_differences(self)]
         write_text(path / "differences.csv", as_csv(found, list(BrainDifference.__dataclass_fields__)))
         if self.best:
             write_text(path / "best_stages.csv", as_csv([one.to_row() for one in self.best]))

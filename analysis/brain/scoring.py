@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from tqdm import tqdm
@@ -23,6 +24,7 @@ from localsim.analysis.regimes import Layer, Subject, open_subjects, untrained_t
 from localsim.analysis.spatial import POOLED
 from localsim.credit import Credit
 from localsim.errors import UserError, one_of
+from localsim.rng import key
 
 SHUFFLED = "shuffled"
 CONTROLS = (*networks.CONTROLS, *BASELINES, SHUFFLED)
@@ -91,7 +93,7 @@ def score(
     places = [(one.name, region) for one in recorded for region in one.areas]
     pooled = _pooled(recorded, places, bins)
     of_networks = [name for name in controls if name in networks.CONTROLS]
-    opened = open_subjects(subjects, controls=of_networks, over_training=over_training) if subjects else []
+    opened = open_subjects(subjects, controls=of_networks, over_training=over_training, seed=seed) if subjects else []
     runs = [one for one in opened if one.run is not None]
     training = _training(runs) if over_training else {}
     shuffle_seed = seed if SHUFFLED in controls else None
@@ -115,13 +117,13 @@ def score(
             best += stages
     everything = tuple(dict.fromkeys(layer for _, _, layer in found))
     record = {
-        "recordings": {one.name: {"n": len(one), "citation": one.citation, "degrees": one.degrees} for one in recorded},
+        "recordings": {one.name: _described(one) for one in recorded},
+        "metric": {"options": dict(chosen.options), "shuffles": chosen.shuffles},
         "regions": list(dict.fromkeys(region for _, region in places)),
         "pooled": [
             {"recording": name, "region": region, "of": [one for one, _ in members]}
             for (name, region), members in pooled.items()
         ],
-        "matrices": all(one.rdms is not None for one in recorded),
         "bins": bins,
         "layers": layers if isinstance(layers, str) else dict(layers),
         "controls": list(controls),
@@ -139,9 +141,11 @@ def score(
         "version": __version__,
         "runs": list(dict.fromkeys(str(one.run.path) for one in runs if one.run is not None)),
     }
+    sizes = {one.name: (one.images_hash, len(one)) for one in recorded}
     for place, members in pooled.items():
+        n = sum(dict(sizes[name] for name, _ in members).values())  # images that several share count once
         for layer in everything:
-            found[*place, layer] = BrainScore.mean([found[*member, layer] for member in members])
+            found[*place, layer] = BrainScore.mean([found[*member, layer] for member in members], n)
     return BrainScores(chosen, everything, found, training, untrained_twins(opened), best, record)
 
 
@@ -164,14 +168,14 @@ def _score_images(
     for read in readers:
         predictors = predictors_of(metric, *read(shown), device)
         network = {layer: own for layer, own in predictors.items() if layer.step is None and layer.depth > 0}
-        for target in targets:
-            recording = target.own.recording
-            for layer, predictor in predictors.items():
+        for layer, predictor in predictors.items():  # all regions of a layer in turn: they share its decompositions
+            for target in targets:
+                recording = target.own.recording
                 found[recording.name, recording.areas[0], layer] = told_where(
                     layer, lambda p=predictor, t=target: t.score(metric, p)
                 )
-            if choose_stage and network:
-                best.append(best_stage(metric, network, recording, seed))
+        if choose_stage and network:
+            best += [best_stage(metric, network, target.own.recording, seed) for target in targets]
         bar.update()
     return found, best
 
@@ -181,18 +185,20 @@ class _Targets:
     """What one region's responses are to be compared with, as they are and given to other images."""
 
     own: Target
-    shuffled: Target | None
+    shuffled: Sequence[Target]
 
     @classmethod
     def of(
         cls, metric: NeuralMetric, recording: Recording, resamples: int, seed: int, shuffle_seed: int | None
     ) -> _Targets:
         own = metric.target(recording, draws=resamples, seed=seed)
-        return cls(own, None if shuffle_seed is None else metric.target(recording.shuffled(shuffle_seed)))
+        seeds = [] if shuffle_seed is None else [key(shuffle_seed, "shuffle", n) for n in range(metric.shuffles)]
+        return cls(own, [metric.target(recording.shuffled(one)) for one in seeds])
 
     def score(self, metric: NeuralMetric, predictor: Predictor) -> BrainScore:
         outcome = metric.compare(predictor, self.own)
-        chance = None if self.shuffled is None else metric.compare(predictor, self.shuffled).value
+        chances = [metric.compare(predictor, one).value for one in self.shuffled]
+        chance = fmean(chances) if chances else None
         ceiling, recording, reason = self.own.ceiling, self.own.recording, self.own.ceiling_or_reason
         ceiled = None if ceiling is None else metric.ceiled(outcome.value, ceiling.value)
         return BrainScore(
@@ -227,11 +233,23 @@ def _pooled(recorded: Sequence[Recording], places: Iterable[Place], bins: str) -
     return made
 
 
+def _described(recording: Recording) -> dict[str, Any]:
+    return {
+        "n": len(recording),
+        "of": "matrices" if recording.responses is None else "neurons",
+        "citation": recording.citation,
+        "degrees": recording.degrees,
+        "images": recording.images_hash,
+        "answers": recording.answers_hash,
+    }
+
+
 def _is_end_to_end(subject: Subject) -> bool:
-    """Return whether a single loss on top changes everything, by whatever rule."""
+    """Return whether a single loss on top changes everything by exact gradients, whatever the rule is called."""
     assert subject.run is not None
     net = subject.run.network("untrained")
-    return len(net.taps) == 1 and net.credit == Credit.end_to_end(len(net.stages))
+    alone = len(net.taps) == 1 and net.credit == Credit.end_to_end(len(net.stages))
+    return alone and subject.run.config.transport == "exact"
 
 
 def _training(subjects: Sequence[Subject]) -> dict[tuple[str, int | None, int | None], tuple[float, float]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import count
 from numbers import Integral
 
 import numpy as np
@@ -46,21 +47,30 @@ def cross_validation(n: int, groups: Sequence[str] | None = None, splits: int = 
         UserError: too few images, or groups too small to be in every train and test set.
     """
     check_splits(splits, train_size)
-    if n < MIN_IMAGES:
-        raise UserError(f"{n} images are too few for a regression with held-out images; allowed: {MIN_IMAGES} or more")
-    train = int(np.floor(train_size * n))
-    if train < MIN_IMAGES // 2 or n - train < MIN_TEST:
+    if n < (least := _least(train_size)):
         raise UserError(
-            f"train_size {train_size} of {n} images leaves {train} to fit and {n - train} to test; allowed: "
-            f"{MIN_IMAGES // 2} or more to fit, {MIN_TEST} or more to test"
+            f"{n} images are too few for a regression that is fitted to {train_size:.0%} of them and tested on the "
+            f"others; allowed: {least} or more"
         )
+    train, test = _sizes(n, train_size)
     from sklearn.model_selection import ShuffleSplit, StratifiedShuffleSplit
 
     options = {"n_splits": int(splits), "train_size": train_size, "random_state": RANDOM_STATE}
     if groups is None:
         return list(ShuffleSplit(**options).split(np.zeros(n)))
-    _check_groups(groups, train, n - train)
+    _check_groups(groups, train, test)
     return list(StratifiedShuffleSplit(**options).split(np.zeros(n), np.asarray(groups)))
+
+
+def _least(train_size: float) -> int:
+    """Return from how many images on there are enough to fit and to test."""
+    enough = (n for n in count(MIN_IMAGES) if _sizes(n, train_size) >= (MIN_IMAGES // 2, 0))
+    return next(n for n in enough if _sizes(n, train_size)[1] >= MIN_TEST)
+
+
+def _sizes(n: int, train_size: float) -> tuple[int, int]:
+    train = int(np.floor(train_size * n))
+    return train, n - train
 
 
 def _check_groups(groups: Sequence[str], train: int, test: int) -> None:

@@ -1,6 +1,8 @@
 """Make of a run a plugin folder that Brain-Score can score, or that can be submitted to it.
 
     python -m localsim.analysis.scripts.export_brainscore runs/blockwise --out my_plugin --regions V4=stage2,IT=stage3
+    python -m localsim.analysis.scripts.export_brainscore runs/mine --rule my_rule.py --which untrained \
+        --out my_plugin --regions IT=stage3
 
 The folder holds weights, code, region-layer map, test and README, see `localsim.analysis.brain.plugin`. Layers are
 stages (from 1), readouts, unit blocks or modules; take for each region one that another recording chose, not the one
@@ -14,6 +16,7 @@ from pathlib import Path
 from localsim.analysis.brain.plugin import export_plugin
 from localsim.analysis.spatial import POOLED
 from localsim.errors import UserError
+from localsim.rules import get_rule
 from localsim.runs import load_run
 
 
@@ -38,16 +41,24 @@ def start(argv: list[str] | None = None) -> None:
                         "angle (default: 8)")  # fmt: skip
     parser.add_argument("--spatial", metavar="HOW", default=POOLED, help="upto4x4 (default), mean, 2x2 (any k x k), "
                         "flatten or projectN")  # fmt: skip
+    parser.add_argument("--which", metavar="WHICH", default="trained", help="trained (default), untrained, or the step "
+                        "of a snapshot")  # fmt: skip
+    parser.add_argument("--rule", metavar="FILE", help="the file of a rule of your own, for a run made with it; "
+                        "executed")  # fmt: skip
+    parser.add_argument("--data", metavar="DIR", help="where the run's folder of images lies now")
     parser.add_argument("--data-root", metavar="DIR", help="where the run's named data set lies now")
     given = parser.parse_args(argv)
     try:
+        if given.rule is not None:
+            get_rule(given.rule)
         identifier = export_plugin(
-            load_run(given.run).moved(data_root=given.data_root),
+            load_run(given.run).moved(data=given.data, data_root=given.data_root),
             given.out,
             region_layers=regions(given.regions),
             identifier=given.identifier,
             degrees=given.degrees,
             spatial=given.spatial,
+            which=int(given.which) if given.which.isdecimal() else given.which,
         )
     except UserError as error:
         print(f"export_brainscore: {error}", file=sys.stderr)

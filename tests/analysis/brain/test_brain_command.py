@@ -12,9 +12,8 @@ import pytest
 import torch
 from tiny import train_in
 
-from localsim.analysis.brain import benchmarks, figures
+from localsim.analysis.brain import figures
 from localsim.analysis.brain.baselines import GaborBank
-from localsim.analysis.brain.brainscore import BenchmarkScore
 from localsim.analysis.brain.folders import save_recording
 from localsim.analysis.brain.recordings import Recording
 from localsim.cli import main
@@ -138,7 +137,6 @@ def test_without_a_run_the_controls_are_scored(here, capsys, without_figures):
     ("arguments", "sentence"),
     [
         ("runs/one", "brain needs either --recordings DIR or --benchmark ID"),
-        ("runs/one --recordings my/v4 --benchmark X", "brain needs either --recordings DIR or --benchmark ID"),
         ("runs/one --recordings nowhere", "nowhere does not exist; allowed: a folder with a recording"),
         ("runs/one --recordings my/file", "my/file is a file; allowed: a folder with a recording"),
         ("runs/one --recordings my/empty", "it has no images/ and no responses.npz and no recording.json; a recording"),
@@ -194,44 +192,6 @@ def test_a_benchmark_without_brain_score_says_what_to_install(runs, here, capsys
     out, err = capsys.readouterr()
     assert 'do pip install "localsim[brain]"' in err and len(err.strip().splitlines()) == 1
     assert not out and {path.name for path in here.iterdir()} == {"runs", "my"}
-
-
-def test_a_benchmark_scores_every_layer_beside_the_untrained_network(here, capsys, monkeypatch):
-    """With a stand-in for Brain-Score, whose own part `test_brainscore_models.py` checks."""
-
-    class Judge:
-        region = "IT"
-
-    asked = []
-
-    def model(source, layers, *, degrees, spatial):
-        asked.append((source.size, source.crop, layers, degrees, spatial))
-        return f"{source.name} {layers['IT']}"
-
-    def judged(judge, made):
-        assert isinstance(judge, Judge)
-        return BenchmarkScore("X", made, "IT", made.split()[-1], 0.25, -0.5, 0.9, None)
-
-    monkeypatch.setattr(benchmarks, "open_benchmark", lambda name: Judge())
-    monkeypatch.setattr(benchmarks, "brain_model", model)
-    monkeypatch.setattr(benchmarks, "score_benchmark", judged)
-    assert command("runs/one --benchmark X --layers conv1,layer2 --image-size 24 --out made") == 0
-    lines = (here / "made" / "X.csv").read_text().splitlines()
-    assert lines[0] == "benchmark,regime,seed,layer,raw,ceiling,value,model"
-    assert [line.split(",")[1:4] for line in lines[1:]] == [
-        ["untrained", "0", "conv1"], ["untrained", "0", "layer2"], ["blockwise", "0", "conv1"],
-        ["blockwise", "0", "layer2"],
-    ]  # fmt: skip
-    assert lines[1].endswith(",-0.5,0.9,0.25,one untrained conv1")
-    assert {entry[:2] for entry in asked} == {(24, 1.0)} and {entry[3:] for entry in asked} == {(8, "upto4x4")}
-    out = capsys.readouterr().out
-    assert "table in made/X.csv; a layer that is best here was chosen by these data" in out
-    assert command("runs/one --benchmark X --out made") == 2
-    assert "made/X.csv exists already; choose another --out, or move it away" in capsys.readouterr().err
-
-    Judge.region = None
-    assert command("runs/one --benchmark Y --out made") == 2
-    assert "benchmark Y is of no cortical region; allowed: neural benchmarks" in capsys.readouterr().err
 
 
 def test_a_folder_is_named_after_the_runs(monkeypatch, tmp_path):

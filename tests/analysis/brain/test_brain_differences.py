@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from localsim.analysis import brain
-from localsim.analysis.brain.contrasts import all_differences, differences, references_of
+from localsim.analysis.brain.contrasts import BrainDifference, all_differences, differences, references_of
+from localsim.analysis.brain.means import ENOUGH_SEEDS, profile
 from localsim.analysis.brain.metrics import get_metric
 from localsim.analysis.brain.recordings import Recording
 from localsim.analysis.brain.scores import BrainScore, BrainScores
@@ -70,10 +71,9 @@ def test_a_difference_is_the_mean_over_pairs_of_the_same_seed():
                  for seed in (0, 1)]  # fmt: skip
         assert one.value == pytest.approx(np.mean([a.value - b.value for a, b in pairs]))
         assert (one.pairs, one.same_seed) == (2, True) and one.reference_layer == one.layer
-        assert one.over == f"{scores.metric.over} and seeds"
-        draws = np.stack([a.draws - b.draws for a, b in pairs])
-        runs = [(Layer("a", s, None, "", 0.0), Layer("b", s, None, "", 0.0)) for s in (0, 1)]
-        expected = centred_interval(one.value, over_seeds(runs, draws, True))
+        assert one.each == tuple(a.value - b.value for a, b in pairs)
+        assert one.over == f"{scores.metric.over}; runs held fixed"
+        expected = centred_interval(one.value, np.mean([a.draws - b.draws for a, b in pairs], axis=0))
         assert (one.low, one.high) == pytest.approx(expected, abs=1e-12)
         assert (one.n, one.neurons, one.metric, one.recording) == (50, 9, "ridge", "A")
         assert str(one) == f"{one.value:+.3f} [{one.low:+.3f}, {one.high:+.3f}]"
@@ -84,7 +84,7 @@ def test_of_seeds_that_only_one_side_has_none_is_paired():
     one = only(differences(scores, "blockwise", "end_to_end"), "V4", "low")
     a, b = score(scores, "V4", "blockwise", 1, "low"), score(scores, "V4", "end_to_end", 1, "low")
     assert one.value == a.value - b.value and (one.pairs, one.same_seed) == (1, True)
-    assert one.over == scores.metric.over, "there is one pair, so that nothing is over seeds"
+    assert one.over == f"{scores.metric.over}; runs held fixed"
     assert (one.low, one.high) == pytest.approx(centred_interval(one.value, a.draws - b.draws), abs=1e-12)
 
 
@@ -99,7 +99,55 @@ def test_without_a_shared_seed_all_pairs_are_taken_of_layers_at_one_depth():
         for other in (0, 1)
     ]
     assert one.value == pytest.approx(np.mean(values)) and (one.pairs, one.same_seed) == (4, False)
-    assert one.over.endswith("and seeds")
+    assert one.each == tuple(values) and one.over.endswith("; runs held fixed")
+
+
+def runs_of(regime: str, seeds: range) -> list[Layer]:
+    return [Layer(regime, seed, None, "low", 0.5) for seed in seeds]
+
+
+@pytest.mark.parametrize(("number", "over"), [(ENOUGH_SEEDS - 1, False), (ENOUGH_SEEDS, True), (7, True)])
+def test_of_enough_seeds_intervals_are_over_seeds_too(number, over):
+    scores = made([*runs_of("untrained", range(number)), *runs_of("blockwise", range(number))])
+    (one,) = differences(scores, "blockwise", "untrained", [("A", "V4")])
+    pairs = [[score(scores, "V4", regime, seed, "low") for regime in ("blockwise", "untrained")]
+             for seed in range(number)]  # fmt: skip
+    draws = np.stack([a.draws - b.draws for a, b in pairs])
+    runs = [(Layer("a", s, None, "", 0.0), Layer("b", s, None, "", 0.0)) for s in range(number)]
+    spread = over_seeds(runs, draws, True) if over else draws.mean(0)
+    assert (one.low, one.high) == pytest.approx(centred_interval(one.value, spread), abs=1e-12)
+    assert one.over == scores.metric.over + (" and seeds" if over else "; runs held fixed")
+    (mean,) = profile(scores, ("A", "V4"), "blockwise")
+    own = np.stack([a.draws for a, _ in pairs])
+    np.testing.assert_allclose(mean.draws, over_seeds(runs, own, True) if over else own.mean(0), atol=1e-12)
+    assert mean.seeds == tuple(range(number)) and mean.chance is mean.ceiled is None
+
+
+def test_seeds_have_to_be_enough_on_both_sides():
+    """Three runs of one and two of another are five, but neither is enough to know how runs differ."""
+    few = made([*runs_of("loco", range(3)), *runs_of("blockwise", range(3, 5))])
+    (one, _) = differences(few, "loco", "blockwise")
+    assert one.pairs == 6 and one.over.endswith("; runs held fixed")
+    many = made([*runs_of("loco", range(5)), *runs_of("blockwise", range(5, 10))])
+    (one, _) = differences(many, "loco", "blockwise")
+    assert one.pairs == 25 and one.over.endswith(" and seeds")
+
+
+@pytest.mark.parametrize(("number", "words"), [(4, "; runs held fixed"), (5, " and seeds")])
+def test_a_baseline_counts_as_no_seed(number, words):
+    scores = made([*runs_of("blockwise", range(number)), Layer("gabor", None, None, "gabor", 0.0)])
+    (one, _) = differences(scores, "blockwise", "gabor")
+    assert one.over == scores.metric.over + words
+
+
+def test_the_difference_of_each_pair_is_in_the_table():
+    scores = made()
+    for one in all_differences(scores):
+        assert len(one.each) == one.pairs and one.value == pytest.approx(np.mean(one.each), abs=1e-12)
+        row = one.to_row()
+        assert list(row) == list(BrainDifference.__dataclass_fields__)
+        assert [float(text) for text in row["each"].split()] == pytest.approx(one.each, rel=1e-5)
+        assert {**row, "each": one.each} == {name: getattr(one, name) for name in row}
 
 
 def test_a_baseline_is_held_against_every_layer():
@@ -175,6 +223,6 @@ def test_unknown_regimes_are_refused():
 def test_how_seeds_are_drawn_is_made_once_for_all_regions_and_layers():
     """Else a thousand draws for hundreds of differences take minutes."""
     seed_weights.cache_clear()
-    found = differences(made(), "blockwise", "untrained")
-    assert len(found) == 4
-    assert (seed_weights.cache_info().misses, seed_weights.cache_info().hits) == (1, 3), "one for each pair of regimes"
+    scores = made([*runs_of("untrained", range(5)), *runs_of("blockwise", range(5))])
+    assert len(differences(scores, "blockwise", "untrained")) == 2
+    assert (seed_weights.cache_info().misses, seed_weights.cache_info().hits) == (1, 1), "one for each pair of regimes"

@@ -60,7 +60,9 @@ def made_up(
         for region in regions:
             pooled.append({"recording": "all", "region": region, "of": list(recordings)})
             for layer in found:
-                scores["all", region, layer] = BrainScore.mean([scores[one, region, layer] for one in recordings])
+                scores["all", region, layer] = BrainScore.mean(
+                    [scores[one, region, layer] for one in recordings], 60 * len(recordings)
+                )
     training = {
         (one.regime, one.seed, one.step): (step / 10, 1e6 * step * (1 + regimes.index(one.regime)))
         for one in found
@@ -68,8 +70,8 @@ def made_up(
         for step in [max(steps) if one.step is None else one.step]
     }
     record: dict[str, Any] = {
-        "recordings": {one: {"n": 60} for one in recordings}, "pooled": pooled, "matrices": metric == "rsa",
-        "resamples": resamples, "baselines": list(baselines), "unlearned": list(unlearned),
+        "recordings": {one: {"n": 60, "of": "matrices" if metric == "rsa" else "neurons"} for one in recordings},
+        "pooled": pooled, "resamples": resamples, "baselines": list(baselines), "unlearned": list(unlearned),
         "end_to_end": [one for one in regimes if one == "end_to_end"],
     }  # fmt: skip
     untrained = dict.fromkeys(regimes, "untrained") if controls else {}
@@ -175,16 +177,24 @@ def test_figures_are_those_there_are_numbers_for():
     assert "hierarchy" not in brain_figures(made_up(recordings=("one", "two"))), "two recordings of one region"
 
 
-@pytest.mark.parametrize("case", ["plain", "over training", "matrices"])
+@pytest.mark.parametrize("case", ["plain", "over training", "matrices", "many seeds"])
 def test_every_figure_says_how_many_images_and_what_intervals_are_over(case):
     scores = made_up(**CASES[case])
     what = "7 matrices" if scores.metric.name == "rsa" else "7 neurons"
-    for figure in brain_figures(scores).values():
+    over, seeds = scores.metric.over, CASES[case].get("seeds", (0,))
+    made = brain_figures(scores)
+    for name, figure in made.items():
         assert f"n = 60 images, {what}" in words(figure)
-        assert f"95 % intervals over {scores.metric.over}" in words(figure)
-    several = {name for name, figure in brain_figures(scores).items() if "seeds" in words(figure)}
+        each = ", each by itself," if name == "differences" else ""
+        assert f"95 % intervals{each} over {over}" in words(figure)
+    several = {name for name, figure in made.items() if "means over seeds" in words(figure)}
+    held = {
+        name for name, figure in made.items() if f"over {over}; runs held fixed where fewer than 5" in words(figure)
+    }
     # a row of the matrix is one network
-    assert several == ({"regimes", "differences", "hierarchy", "training"} if case == "over training" else set())
+    assert several == held == (set(made) - {"matrix", "differences"} if len(seeds) > 1 else set())
+    redrawn = " and seeds" if len(seeds) >= 5 else "; runs held fixed"
+    assert f"by itself, over {over}{redrawn}; open: holds zero" in words(made["differences"])
     for figure in brain_figures(made_up(**{**CASES[case], "resamples": 0})).values():
         assert "no intervals: no resamples" in words(figure) and "intervals over" not in words(figure)
         assert not any(len(container[2]) for axes in figure.axes for container in axes.containers), "bars"
@@ -244,7 +254,7 @@ def test_the_ceiling_of_rsa_is_a_band_from_its_lower_to_its_upper_end():
 
 
 def test_a_ceiling_far_above_is_told_and_not_drawn():
-    for ceiling, shown in ((0.99, "raw ceiling 0.99, far above"), (None, "no ceiling")):
+    for ceiling, shown in ((0.99, "score at the ceiling 0.99, far above"), (None, "no ceiling")):
         figure = by_depth(made_up(ceiling=ceiling))
         assert shown in words(figure) and CEILING not in labels(figure)
         values = [part for points in drawn(figure.axes[0]).values() for part in points[:, 1:].flat]
@@ -270,12 +280,15 @@ def test_the_ceiling_of_a_mean_over_recordings_is_the_mean_of_theirs():
     assert "mean over 2 recordings n = 120 images, 14 neurons" in words(figure)
 
 
-def test_seeds_are_averaged_and_marked_and_drawn_as_differences_draw_them():
-    scores = made_up(seeds=(0, 1, 2), resamples=40)
+@pytest.mark.parametrize("number", [3, 6])
+def test_seeds_are_averaged_and_marked_and_drawn_as_differences_draw_them(number):
+    scores = made_up(seeds=range(number), resamples=40)
     axes = by_depth(scores).axes[0]
     found = list(drawn(axes).values())
     for regime, points in zip(("untrained", *REGIMES), found, strict=True):
-        own = np.array([scores.score("mine", "V4", layer).value for layer in scores.finished(regime)]).reshape(3, 3)
+        own = np.array([scores.score("mine", "V4", layer).value for layer in scores.finished(regime)]).reshape(
+            number, 3
+        )
         np.testing.assert_allclose(points[:, 1], own.mean(0))
         marked = [line.get_ydata() for line in axes.lines if line.get_marker() == "_"]
         for column in own.T:
@@ -302,7 +315,7 @@ def test_the_matrix_shows_every_score_and_interval_once():
     for (i, layer), (j, place) in itertools.product(enumerate(scores.layers), enumerate(places)):
         value, low, high = by_hand(scores.score(*place, layer))
         assert cells[j, i] == f"{value:.3f} [{low:.3f}, {high:.3f}]"
-    names = ["pixels", "gabor", *(layer.name for layer in scores.layers[2:]), "raw ceiling"]
+    names = ["pixels", "gabor", *(layer.name for layer in scores.layers[2:]), "score at the ceiling"]
     assert [tick.get_text() for tick in axes.get_yticklabels()] == names
     last = [text for (_, y), text in cells.items() if y > len(scores.layers) - 1]
     assert last == ["0.632"] * 3
@@ -321,7 +334,7 @@ def test_the_matrix_of_many_layers_names_networks_only():
     assert np.asarray(axes.images[0].get_array()).shape == (2 + 9 * 2 * 17, 2)
     shown = [tick.get_text() for tick in axes.get_yticklabels()]
     assert shown == ["pixels, gabor", *(f"{name} s{seed}" for name in ("untrained", *LONG) for seed in (0, 1)),
-                     "raw ceiling"]  # fmt: skip
+                     "score at the ceiling"]  # fmt: skip
     assert axes.get_yticks()[1] == pytest.approx(2 + 8)
     assert len(axes.texts) == 2, "ceilings"
 
@@ -364,7 +377,7 @@ def test_differences_are_those_of_the_table():
         filled = [line.get_markerfacecolor() != "white" for line in points]
         assert filled == [low > 0 or high < 0 for _, _, low, high in expected]
         assert filled[-3] and filled[-1]
-    assert "and seeds" in words(figure) and "2 of the same seed" in words(figure)
+    assert "runs held fixed; open" in words(figure) and "2 of the same seed" in words(figure)
     with pytest.raises(UserError, match="no regime has a reference"):
         score_differences(made_up(controls=False))
 

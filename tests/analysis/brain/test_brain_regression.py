@@ -190,8 +190,8 @@ def test_folds_are_scikit_learns():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"n": 19}, "19 images are too few .* 20 or more"),
-        ({"n": 20}, "leaves 18 to fit and 2 to test"),
+        ({"n": 19}, "19 images are too few .* allowed: 21 or more"),
+        ({"n": 20}, "20 images are too few .* allowed: 21 or more"),
         ({"n": 40, "train_size": 1.5}, "train_size 1.5 is not possible"),
         ({"n": 40, "splits": 0}, "0 splits"),
         ({"n": 40, "groups": ["a"] * 39 + ["b"]}, "group 'b' has 1 image and"),

@@ -15,6 +15,7 @@ from localsim.analysis import brain
 from localsim.analysis.brain import figures
 from localsim.analysis.brain.ceilings import Ceiling
 from localsim.analysis.brain.contrasts import all_differences
+from localsim.analysis.brain.metrics import get_metric
 from localsim.analysis.brain.recordings import Recording
 from localsim.analysis.brain.scores import BrainScore, BrainScores
 from localsim.data import ImageSet
@@ -80,16 +81,40 @@ def test_json_holds_everything_and_no_nan(scores):
     made = json.loads(json.dumps(scores.to_json(), allow_nan=False))
     assert set(made) == {"metric", "record", "rows", "differences", "best_stages"}
     assert made["metric"]["name"] == "ridgecv" and made["metric"]["over"] == scores.metric.over
-    assert made["record"]["recordings"]["A"] == {"n": N, "citation": "Nobody 2026", "degrees": None}
+    one = recorded("A", 0)
+    assert made["record"]["recordings"]["A"] == {
+        "n": N, "of": "neurons", "citation": "Nobody 2026", "degrees": None, "images": one.images_hash,
+        "answers": one.answers_hash,
+    }  # fmt: skip
+    assert made["record"]["metric"] == {
+        "options": {"splits": 10, "train_size": 0.9}, "shuffles": 1,
+    }  # fmt: skip
     assert made["record"]["pooled"] == [
         {"recording": "all", "region": region, "of": ["A", "B"]} for region in ("V4", "IT")
     ]
     assert [row["value"] for row in made["rows"]] == [row.value for row in scores.rows]
     assert len(made["differences"]) == len(all_differences(scores)) == 3 * 3 * 2 * 3
+    assert [row["each"] for row in made["differences"]] == [list(one.each) for one in all_differences(scores)]
     # three networks as they ended, two recordings of two regions
     assert len(made["best_stages"]) == 3 * 2 * 2
     assert {row["regime"] for row in made["best_stages"]} == {"untrained", "blockwise", "end_to_end"}
     assert all(sum(row["chosen"].values()) == 5 for row in made["best_stages"])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "shuffles"),
+    [
+        ("pls", {"splits": 4, "train_size": 0.5, "components": 3}, 1),
+        ("ridge", {"splits": 4, "train_size": 0.9}, 1),
+        ("rdm", {}, 20),
+    ],
+)
+def test_what_a_metric_was_made_with_is_in_the_record(name, options, shuffles):
+    x = {"one": np.random.default_rng(0).normal(size=(N, 5))}
+    metric = get_metric(name, **options)
+    found = brain.score(x, recordings=recorded("A", 0), metric=metric, resamples=0, controls=["shuffled"])
+    made = json.loads(json.dumps(found.to_json()))
+    assert made["record"]["metric"] == {"options": options, "shuffles": shuffles}
 
 
 def test_a_matrix_is_of_one_network(scores):
@@ -109,13 +134,13 @@ def test_a_mean_over_recordings_has_a_ceiling_where_all_have_one():
 
     rng = np.random.default_rng(0)
     first, second = rng.normal(size=(2, 4000)) * 0.1
-    mean = BrainScore.mean([one(0.4, 0.8, first), one(0.6, 0.9, second)])
-    assert (mean.value, mean.chance, mean.n, mean.neurons) == (0.5, 0.1, 40, 6) and mean.ceiling is not None
+    mean = BrainScore.mean([one(0.4, 0.8, first), one(0.6, 0.9, second)], 33)
+    assert (mean.value, mean.chance, mean.n, mean.neurons) == (0.5, 0.1, 33, 6) and mean.ceiling is not None
     assert mean.ceiling.value == pytest.approx(0.85)
     assert mean.ceiled == pytest.approx((0.16 / 0.8 + 0.36 / 0.9) / 2)
     # the standard error of the mean of two independent recordings
     assert mean.interval == pytest.approx((0.5 - 1.96 * 0.1 / 2**0.5, 0.5 + 1.96 * 0.1 / 2**0.5), abs=0.01)
-    partly = BrainScore.mean([one(0.4, 0.8, first), one(0.6, None, second)])
+    partly = BrainScore.mean([one(0.4, 0.8, first), one(0.6, None, second)], 33)
     assert partly.ceiling is None and partly.ceiled is None and partly.unceiled == "one trial"
 
 
@@ -189,9 +214,10 @@ def test_it_is_saved_once(scores, tmp_path, monkeypatch):
         "scores.csv", "differences.csv", "best_stages.csv", "brain.json", "regimes.png", "regimes.svg",
     }  # fmt: skip
     assert (path / "scores.csv").read_text() == scores.to_csv()
-    assert json.loads((path / "brain.json").read_text()) == scores.to_json()
+    assert json.loads((path / "brain.json").read_text()) == json.loads(json.dumps(scores.to_json()))
     rows = list(csv.DictReader(io.StringIO((path / "differences.csv").read_text())))
     assert [float(row["value"]) for row in rows] == [one.value for one in all_differences(scores)]
+    assert [float(row["each"]) for row in rows] == pytest.approx([one.value for one in all_differences(scores)], 1e-5)
     best = list(csv.DictReader(io.StringIO((path / "best_stages.csv").read_text())))
     assert len(best) == len(scores.best)
     assert best[0]["chosen"] == " ".join(f"{name}:{times}" for name, times in scores.best[0].chosen.items())

@@ -13,14 +13,16 @@ from tiny import train_in
 from torch import nn
 
 from localsim.analysis import Source, brain, features
-from localsim.analysis.brain import scoring
+from localsim.analysis.brain import regression, scoring
 from localsim.analysis.brain.baselines import BASELINES
+from localsim.analysis.brain.contrasts import references_of
 from localsim.analysis.brain.metrics import get_metric
 from localsim.analysis.brain.recordings import Recording
 from localsim.analysis.brain.training import training_behind
 from localsim.data import ImageSet
 from localsim.errors import UserError
 from localsim.network import LocalNetwork
+from localsim.rng import key
 from localsim.runs import load_run
 
 N = 30
@@ -96,7 +98,8 @@ def test_a_score_is_the_metric_of_the_features_and_the_region():
             expected = by_hand(made[layer.name], one, region, draws=20, seed=3)
             assert found.value == expected.value
             np.testing.assert_array_equal(found.draws, expected.draws)
-            assert found.chance == by_hand(made[layer.name], one.shuffled(3), region).value != found.value
+            shuffled = one.shuffled(key(3, "shuffle", 0))
+            assert found.chance == by_hand(made[layer.name], shuffled, region).value != found.value
             ceiling = get_metric("ridgecv").target(one.of(region)).ceiling
             assert ceiling is not None and found.ceiling == ceiling
             assert found.ceiled == pytest.approx(np.sign(found.value) * found.value**2 / ceiling.value)
@@ -197,6 +200,54 @@ def test_recordings_of_one_region_are_also_averaged():
     assert ("low", "V1") in scores.matrix("Net")
 
 
+def test_images_that_recordings_share_are_counted_once():
+    one, other = recorded("A"), recorded("C", n=36, seed=1)
+    same = Recording("B", shown(), one.responses[:, :4] + 1, regions=("V4",) * 4)
+    assert same.images is not one.images and same.images_hash == one.images_hash != other.images_hash
+    scores = brain.score(Net(), recordings=[one, same, other], layers=LAYERS, metric="ridge", resamples=0, controls=[])
+    for layer in scores.layers:
+        v4, it = (scores.score("all", region, layer) for region in ("V4", "IT"))
+        assert (v4.n, v4.neurons) == (30 + 36, 12) and (it.n, it.neurons) == (30 + 36, 4)
+    assert "\nV4, mean over 3 recordings: 66 images, 12 neurons" in str(scores)
+
+
+def test_the_chance_level_is_the_mean_over_orders_of_the_images():
+    x, one = np.random.default_rng(0).normal(size=(N, 7)), recorded().of("V4")
+    scores = brain.score({"x": x}, recordings=one, metric="cka", resamples=0, seed=3, controls=["shuffled"])
+    orders = [one.shuffled(key(3, "shuffle", number)) for number in range(get_metric("cka").shuffles)]
+    expected = np.mean([by_hand(x, order, "V4", "cka").value for order in orders])
+    assert len(orders) == 20 and scores.score("A", "V4", scores.layers[0]).chance == pytest.approx(expected, abs=1e-12)
+
+
+def test_regions_share_the_decompositions_of_a_layer(monkeypatch):
+    """Of a thousand images they take most of the time."""
+    decompose, calls = regression.decompose, []
+
+    def counted(kernel):
+        calls.append(len(kernel))
+        return decompose(kernel)
+
+    monkeypatch.setattr(regression, "decompose", counted)
+    made = []
+    for regions in (["V4"], ["V4", "IT"]):
+        calls.clear()
+        brain.score(Net(), recordings=recorded(), layers=LAYERS, regions=regions, resamples=0, controls=["shuffled"])
+        made.append(len(calls))
+    assert made == [2 * 10] * 2, "one of every split of every layer"
+
+
+def test_the_seed_reaches_networks_that_are_untrained_by_name():
+    name, one, values = "torchvision:resnet18", recorded().of("V4"), []
+    settings = {"layers": {"modules": ["layer2"]}, "image_size": 32, "metric": "cka", "resamples": 0, "controls": []}
+    for seed in (0, 1):
+        scores = brain.score(name, recordings=one, seed=seed, **settings)
+        values.append(scores.score("A", "V4", scores.layers[0]).value)
+        source = Source.of(name, seed=seed).whole(32)
+        x = features(source, one.images, modules=["layer2"], spatial="upto4x4")["layer2"]
+        assert values[-1] == pytest.approx(by_hand(x, one, "V4", "cka").value, abs=1e-6)
+    assert abs(values[0] - values[1]) > 1e-3
+
+
 def test_time_bins_are_averaged_or_recordings_of_their_own():
     spans = ((50, 100), (100, 150.5))
     recordings = [recorded("A", bins=2).of("V4"), recorded("B", seed=1, bins=2).of("V4")]
@@ -235,6 +286,17 @@ def test_seeds_of_a_rule_are_one_regime(runs):
         scores.matrix("loco")
     with pytest.raises(UserError, match=r"there is no score of blockwise seed 0 .* for V1 of A"):
         scores.score("A", "V1", scores.finished("blockwise")[0])
+
+
+def test_a_network_whose_errors_return_by_other_weights_is_no_end_to_end_control(runs, tmp_path):
+    train_in(tmp_path / "alignment", "end_to_end", transport="feedback_alignment", **SHORT)
+    alone = brain.score(tmp_path / "alignment", recordings=recorded(), controls=[], resamples=0)
+    assert alone.record["end_to_end"] == []
+    scores = brain.score(tmp_path / "alignment", runs[2], recordings=recorded(), controls=[], resamples=0)
+    (control,) = scores.record["end_to_end"]
+    (other,) = [regime for regime in scores.regimes if regime != control]
+    assert "feedback_alignment" in other and "feedback_alignment" not in control
+    assert references_of(scores, other) == [control] and references_of(scores, control) == []
 
 
 def test_over_training_steps_have_the_amount_of_training_behind_them(runs):
@@ -311,7 +373,8 @@ def test_the_metric_suits_what_was_recorded():
     assert brain.score(x, recordings=recorded(), **QUICK).metric.name == "ridgecv"
     assert brain.score(x, recordings=matrices(), **QUICK).metric.name == "rdm"
     both = brain.score(Net(), recordings=[recorded(), matrices()], layers=LAYERS, **QUICK)
-    assert both.metric.name == "rdm" and not both.record["matrices"]
+    assert both.metric.name == "rdm"
+    assert {name: one["of"] for name, one in both.record["recordings"].items()} == {"A": "neurons", "rdms": "matrices"}
     assert both.headline == [("all", "IT"), ("A", "V4")]
     for name in ("pls", "ridge", "ridgecv", "cka"):
         with pytest.raises(UserError, match=f"rdms holds RDMs only, which {name} cannot take; allowed: rdm, rsa"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from scipy.stats import pearsonr, spearmanr
 
 from localsim.analysis.brain import matrices, resampled
+from localsim.analysis.brain.held_out import median
 from localsim.analysis.brain.matrices import Dissimilarities, ranks
 from localsim.analysis.brain.metrics import METRICS, NAMES, get_metric
 from localsim.analysis.brain.recordings import Recording
@@ -117,6 +119,36 @@ def test_draws_are_paired_and_belong_to_seed_and_recording(name):
 
 
 @pytest.mark.parametrize("name", REGRESSIONS)
+def test_threads_change_no_bit(name):
+    """Some neurons vary in no split's images to fit, and some draws have no two images of a split."""
+    x, recording = made(neurons=6)
+    y = recording.means()
+    y[:, 0] = np.arange(60) == 7
+    metric, found = METRICS[name], []
+    before, filters = torch.get_num_threads(), list(warnings.filters)
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            target = metric.target(replace(recording, responses=y), draws=200)
+            found.append(target.content.scores(metric.represent(x)))
+    finally:
+        torch.set_num_threads(before)
+    assert np.isnan(found[0][0]).any() and len(set(found[0][1])) > 100
+    for r, draws in found[1:]:
+        np.testing.assert_array_equal(r, found[0][0])
+        np.testing.assert_array_equal(draws, found[0][1])
+    assert warnings.filters == filters, "which all threads share"
+
+
+def test_the_median_of_those_that_are_known():
+    r = np.random.default_rng(0).normal(size=(40, 7))
+    r[r > 1] = np.nan
+    r[3], r[5, 1:] = np.nan, np.nan
+    expected = [np.median(row[~np.isnan(row)]) if not np.isnan(row).all() else np.nan for row in r]
+    np.testing.assert_array_equal(median(r), expected)
+
+
+@pytest.mark.parametrize("name", REGRESSIONS)
 def test_draws_of_a_regression_by_repeating_images(name):
     """From the definition: predictions kept, images and neurons repeated as often as they are drawn."""
     x, recording = made(n=40, neurons=5)
@@ -144,7 +176,7 @@ def test_draws_of_matrices_from_halves(name):
     metric = METRICS[name]
     target = metric.target(recording, draws=20)
     outcome = metric.compare(metric.represent(x), target)
-    halves = list(half_samples(30, 20, target.content.source.seed))
+    halves = list(half_samples(30, 20, target.content.source.seeds.images))
     for number, (chosen, pairs) in enumerate(target.content.source.resamples()):
         assert set(chosen) <= set(halves[number]) and np.linalg.norm(pairs) == pytest.approx(1)
         expected = metric.represent(x[chosen]).unit() @ pairs

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
 from tiny import train_in
 
 from localsim.analysis import features
@@ -22,6 +25,8 @@ from localsim.analysis.sources import Source
 from localsim.analysis.spatial import Reducer
 from localsim.data import ImageSet
 from localsim.errors import UserError
+from localsim.rules import get_rule
+from localsim.runs import load_run, newest_checkpoint
 
 SHORT = {"epochs": 1, "train_images": 8, "warmup_epochs": 0}
 
@@ -217,6 +222,95 @@ def test_the_script_exports_or_says_why_not(runs, tmp_path, capsys):
             export_brainscore.start([*common, "--regions", regions])
         error = capsys.readouterr().err
         assert stopped.value.code == 2 and error.startswith("export_brainscore: ") and told in error
+
+
+RULE = """
+from localsim.credit import Credit
+from localsim.rules.heads import HEADS
+from localsim.rules.objectives import OBJECTIVES
+from localsim.rules.rule import Rule
+
+HEADS["my_head"], OBJECTIVES["my_loss"] = HEADS["projector"], OBJECTIVES["vicreg"]
+RULE = Rule(name="mine_alone", summary="Lowest and highest.", paper="none", readout="expand", head="my_head",
+            objective="my_loss", credit=lambda num: Credit([[1, 0, 0], [1, 0, 1]], (0, 2)), granularity=3,
+            meaningless={"reach": "its matrix is fixed"})
+"""
+
+
+@pytest.fixture(scope="module")
+def own_rule(tmp_path_factory) -> tuple[Path, Path]:
+    """Return the file of a rule that no other process knows, with a head and a loss of its own, and a run with it."""
+    folder = tmp_path_factory.mktemp("own_rule")
+    (folder / "mine.py").write_text(RULE)
+    get_rule(folder / "mine.py")
+    train_in(folder / "run", "mine_alone", snapshot_every=1, **SHORT)
+    return folder / "mine.py", folder / "run"
+
+
+@needs_brainscore
+def test_the_plugin_of_a_run_with_ones_own_rule_needs_no_file_of_it(own_rule, files, tmp_path):
+    pytest.importorskip("brainscore_vision", reason="needs the extra [brain]")
+    export_plugin(own_rule[1], tmp_path / "mine", region_layers={"IT": "readout3", "V4": "stage2"}, spatial="mean")
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+import mine.model
+import numpy as np
+from localsim.rules import rules
+assert "mine_alone" not in rules
+model = mine.model.get_model()
+found = model.activations_model({[str(file) for file in files]!r}, layers=["readout3", "stage2"])
+for layer in ("readout3", "stage2"):
+    np.save({str(tmp_path)!r} + f"/{{layer}}.npy", found.values[:, found["layer"].values == layer])
+"""
+    environment = {"BS_INSTALL_DEPENDENCIES": "no", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    source, images = Source.of(own_rule[1]).whole(), ImageSet(None, tuple(files), None)
+    expected = features(source, images, readouts=[2], stages=[1], spatial="mean", batch_size=64)
+    for layer in ("readout3", "stage2"):
+        assert np.array_equal(np.load(tmp_path / f"{layer}.npy"), expected[layer])
+
+
+def test_the_script_takes_a_rule_a_folder_of_images_and_which_network(own_rule, files, tmp_path, capsys):
+    rule, run = own_rule
+    config = json.loads((run / "config.json").read_text())
+    for kind in ("train", "test"):
+        (tmp_path / "images" / kind / "a").mkdir(parents=True)
+        for file in files[:2]:
+            (tmp_path / "images" / kind / "a" / file.name).symlink_to(file)
+    moved = tmp_path / "run"
+    shutil.copytree(run, moved)
+    lost = {"data": str(tmp_path / "gone"), "train_images": None, "test_images": None}
+    (moved / "config.json").write_text(json.dumps(config | lost))
+    common = [str(moved), "--regions", "IT=stage2", "--data", str(tmp_path / "images")]
+    code = "import sys; from localsim.analysis.scripts import export_brainscore; export_brainscore.start(sys.argv[1:])"
+
+    def export(*arguments: str) -> subprocess.CompletedProcess:
+        """Export in a process that does not know the rule."""
+        command = [sys.executable, "-W", "error", "-c", code, *common, *arguments]
+        return subprocess.run(
+            command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+        )
+
+    refused = export("--out", str(tmp_path / "none"))
+    assert refused.returncode == 2 and "unknown rule 'mine_alone'" in refused.stderr
+    done = export("--out", str(tmp_path / "made_trained"), "--rule", str(rule))
+    assert done.returncode == 0, done.stderr
+    for which in ("untrained", "1"):
+        export_brainscore.start([*common, "--out", str(tmp_path / f"made_{which}"), "--which", which])
+    with pytest.raises(SystemExit):
+        export_brainscore.start([*common, "--out", str(tmp_path / "none"), "--which", "9"])
+    assert "unknown network 9; allowed: trained, untrained, 1" in capsys.readouterr().err
+    made = [tmp_path / f"made_{which}" for which in ("trained", "untrained", "1")]
+    written = {folder.name.removeprefix("made_"): load_file(folder / "weights.safetensors") for folder in made}
+    for which, folder in (("trained", newest_checkpoint(run)), ("1", run / "snapshots" / "00000001")):
+        assert folder is not None
+        trunk = load_file(folder / "trunk.safetensors")
+        assert trunk and all(np.array_equal(written[which][name], tensor) for name, tensor in trunk.items())
+    untrained = load_run(run).network("untrained").trunk_state_dict()
+    assert all(np.array_equal(written["untrained"][name], tensor) for name, tensor in untrained.items())
 
 
 def test_equal_exports_have_equal_bytes(runs, tmp_path):

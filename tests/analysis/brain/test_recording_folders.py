@@ -240,7 +240,7 @@ def test_stimuli_that_cannot_be_files(tmp_path, name):
 
 
 def test_images_that_cannot_be_files(tmp_path):
-    with pytest.raises(UserError, match=r"images of a hold torch.float32; allowed: uint8"):
+    with pytest.raises(UserError, match=r"images of a are float32 of shape .* allowed: uint8"):
         save_recording(recording(images=ImageSet(pixels() / 255, None, None)), tmp_path / "new")
     unknown = ImageSet(None, tuple(tmp_path / f"{i}.xyz" for i in range(5)), None)
     with pytest.raises(UserError, match=r"0.xyz has an unknown ending; allowed: .jpg"):

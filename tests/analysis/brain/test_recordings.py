@@ -130,6 +130,44 @@ def test_images_of_matrices_are_taken_on_both_sides(n, count, seed, data):
     assert np.array_equal(last.rdms, recording.rdms[-1:]) and last.subjects == (f"s{count - 1}",)
 
 
+@settings(deadline=None)
+@given(st.integers(4, 60), st.integers(0, 9999))
+def test_shuffling_leaves_no_image_its_own(n, seed):
+    """All are in one cycle; and matrices move as responses do."""
+    rows = Recording(name="made", images=images(n), responses=np.arange(n)[:, None]).shuffled(seed).means()[:, 0]
+    place, seen = 0, []
+    for _ in range(n):
+        seen.append(place)
+        place = int(rows[place])
+    assert sorted(seen) == list(range(n)) and place == 0
+    recording = matrices(n, 1, seed)
+    order = rows.astype(int)
+    assert np.array_equal(recording.shuffled(seed).rdms[0], recording.rdms[0][np.ix_(order, order)])
+
+
+def test_hashes_are_of_the_content(tmp_path):
+    one, again = made(), made()
+    assert one.images is not again.images
+    assert (one.images_hash, one.answers_hash) == (again.images_hash, again.answers_hash)
+    assert len(one.images_hash) == len(one.answers_hash) == 64
+    assert one.take([1, 0, 2, 3, 4]).images_hash != one.images_hash, "in another order"
+    assert one.of("V4").images_hash == one.images_hash and one.of("V4").answers_hash != one.answers_hash
+    assert one.shuffled().images_hash == one.images_hash and one.shuffled().answers_hash != one.answers_hash
+    other = again.images.images.clone()
+    other[4, 2, 1, 1] += 1
+    assert made(seed=1).images_hash == one.images_hash != Recording("x", other, again.responses).images_hash
+    assert matrices().answers_hash == matrices().answers_hash != matrices(seed=1).answers_hash
+
+    def files(folder: str, last: bytes) -> str:
+        (tmp_path / folder).mkdir()
+        paths = tuple(tmp_path / folder / f"{folder}{number}.png" for number in range(5))
+        for number, path in enumerate(paths):
+            path.write_bytes(last if number == 4 else bytes([number]))
+        return Recording("files", ImageSet(None, paths, None), one.responses).images_hash
+
+    assert files("a", b"end") == files("b", b"end") != files("c", b"END"), "the names of files do not matter"
+
+
 def test_shuffling_differs_between_seeds():
     recording = made(n=9)
     orders = {recording.shuffled(seed).responses.tobytes() for seed in range(5)}
@@ -200,7 +238,7 @@ def rdm(n=4, at=None, value=0.0) -> np.ndarray:
         ({"responses": responses(4, 2), "bins": ((0, 50), (50, 100))}, "has 2 bins, but its responses 1"),
         ({"responses": responses(4, 2), "bins": ((50, 50),)}, "each ends after it starts"),
         ({"responses": responses(4, 2), "regions": ("V4",)}, "has 1 regions, but needs 2"),
-        ({"responses": responses(4, 2), "subjects": "abc"}, "has 3 subjects, but needs 2"),
+        ({"responses": responses(4, 2), "subjects": tuple("abc")}, "has 3 subjects, but needs 2"),
         ({"responses": responses(4, 2), "groups": ()}, "has 0 groups, but needs 4"),
         ({"responses": responses(4, 2), "stimuli": "abca"}, "two images called 'a'"),
         ({"rdms": rdm(5)}, r"have shape \(1, 5, 5\); allowed: \(matrices, 4, 4\)"),
