@@ -79,7 +79,11 @@ def check_recordings(
 def _warn_of_cut(recording: Recording) -> None:
     """Warn where networks, which see squares, are not shown all of an image."""
     shown = recording.images
-    shape = tuple(shown.images.shape[2:]) if shown.images is not None else image_shape((shown.paths or ())[0])
+    if shown.images is not None:
+        shape = tuple(shown.images.shape[2:])
+    else:
+        assert shown.paths
+        shape = image_shape(shown.paths[0])
     if shape is not None and shape[0] != shape[1]:
         warnings.warn(
             f"images of {recording.name} have {shape[0]} x {shape[1]} pixels, of which networks are shown the central "

@@ -76,7 +76,8 @@ def counted(scores: BrainScores, place: Place) -> str:
     """Return how many images, and neurons or matrices, a place has, in words."""
     one = scores.score(*place, scores.layers[0])
     of = scores.record["recordings"][members(scores, place)[0][0]]["of"]
-    return f"{one.n} images, {one.neurons} " + (of if one.neurons > 1 else {"matrices": "matrix"}.get(of, of[:-1]))
+    single = {"neurons": "neuron", "matrices": "matrix"}
+    return f"{one.n} images, {one.neurons} {of if one.neurons > 1 else single[of]}"
 
 
 def profile(scores: BrainScores, place: Place, regime: str) -> list[SeedMean]:

@@ -165,7 +165,7 @@ class Recording:
             digest = hashlib.sha256()
             for image in shown.images if shown.images is not None else ():
                 digest.update(f"{tuple(image.shape)}".encode())
-                digest.update(image.contiguous().numpy())
+                digest.update(image.contiguous().numpy().data)
             for path in shown.paths or ():
                 digest.update(hashlib.sha256(path.read_bytes()).digest())
             _HASHES[shown] = digest.hexdigest()
