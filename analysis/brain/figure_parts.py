@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from localsim.analysis.brain.means import SeedMean, counted, members
+from localsim.analysis.brain.means import ENOUGH_SEEDS, SeedMean, counted, members
 from localsim.analysis.brain.scores import EVERY
 from localsim.analysis.canvas import COLOURS, MARKERS, wrapped
 
@@ -72,7 +72,7 @@ def intervals_are(scores: BrainScores, marks: str) -> list[str]:
     if several_seeds(scores):
         lines.append("means over seeds")
     if scores.record["resamples"]:
-        also = "; runs held fixed where fewer than 5 seeds" if several_seeds(scores) else ""
+        also = f"; runs held fixed where fewer than {ENOUGH_SEEDS} seeds" if several_seeds(scores) else ""
         lines += textwrap.wrap(f"{marks}: 95 % intervals over {scores.metric.over}{also}", 28)
     else:
         lines.append("no intervals: no resamples")

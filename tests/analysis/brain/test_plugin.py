@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,8 @@ from localsim.analysis.spatial import Reducer
 from localsim.data import ImageSet
 from localsim.errors import UserError
 from localsim.rules import get_rule
+from localsim.rules.heads import HEADS
+from localsim.rules.objectives import OBJECTIVES
 from localsim.runs import load_run, newest_checkpoint
 
 SHORT = {"epochs": 1, "train_images": 8, "warmup_epochs": 0}
@@ -238,13 +241,16 @@ RULE = Rule(name="mine_alone", summary="Lowest and highest.", paper="none", read
 
 
 @pytest.fixture(scope="module")
-def own_rule(tmp_path_factory) -> tuple[Path, Path]:
-    """Return the file of a rule that no other process knows, with a head and a loss of its own, and a run with it."""
+def own_rule(tmp_path_factory) -> Iterator[tuple[Path, Path]]:
+    """Yield the file of a rule that no other process knows, with a head and a loss of its own, and a run with it."""
     folder = tmp_path_factory.mktemp("own_rule")
     (folder / "mine.py").write_text(RULE)
-    get_rule(folder / "mine.py")
-    train_in(folder / "run", "mine_alone", snapshot_every=1, **SHORT)
-    return folder / "mine.py", folder / "run"
+    with pytest.MonkeyPatch.context() as known:  # other tests list all heads and objectives
+        known.setitem(HEADS, "my_head", HEADS["projector"])
+        known.setitem(OBJECTIVES, "my_loss", OBJECTIVES["vicreg"])
+        get_rule(folder / "mine.py")
+        train_in(folder / "run", "mine_alone", snapshot_every=1, **SHORT)
+        yield folder / "mine.py", folder / "run"
 
 
 @needs_brainscore
