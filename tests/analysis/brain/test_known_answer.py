@@ -14,6 +14,7 @@ from localsim.analysis.brain.metrics import get_metric
 from localsim.analysis.brain.recordings import Recording
 from localsim.analysis.statistics import centred_interval
 from localsim.data import ImageSet
+from localsim.rng import key
 
 N, NEURONS, SIZE = 120, 30, 32
 LAYERS = ["layer1", "layer2", "layer3", "layer4"]
@@ -120,7 +121,9 @@ def test_the_metrics_of_brain_score_give_the_same_numbers(metric, network, taken
         found = scores.score("known", "V4", layer)
         x = assembly(np.asarray(taken[layer.name]))
         with quiet():
-            own, chance = (judge(x, assembly(one.means())) for one in (recording, recording.shuffled()))
+            own, chance = (
+                judge(x, assembly(one.means())) for one in (recording, recording.shuffled(key(0, "shuffle", 0)))
+            )
         assert found.value == pytest.approx(float(own), abs=1e-6)
         # in some splits without signal PLS does not converge in 500 rounds, and rounding grows to 1e-4 of a neuron's r
         assert found.chance == pytest.approx(float(chance), abs=1e-4 if metric == "pls" else 1e-6)
