@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import train_in
 
+import localsim.rules
 from localsim.analysis import features
 from localsim.analysis.brain.brainscore import prepare, quiet
 from localsim.analysis.brain.models import identifier_of
@@ -26,7 +27,7 @@ from localsim.analysis.sources import Source
 from localsim.analysis.spatial import Reducer
 from localsim.data import ImageSet
 from localsim.errors import UserError
-from localsim.rules import get_rule
+from localsim.rules import get_rule, rules
 from localsim.rules.heads import HEADS
 from localsim.rules.objectives import OBJECTIVES
 from localsim.runs import load_run, newest_checkpoint
@@ -245,7 +246,9 @@ def own_rule(tmp_path_factory) -> Iterator[tuple[Path, Path]]:
     """Yield the file of a rule that no other process knows, with a head and a loss of its own, and a run with it."""
     folder = tmp_path_factory.mktemp("own_rule")
     (folder / "mine.py").write_text(RULE)
-    with pytest.MonkeyPatch.context() as known:  # other tests list all heads and objectives
+    with pytest.MonkeyPatch.context() as known:  # other tests list all rules, heads and objectives
+        known.setattr("localsim.rules._rules", dict(rules))
+        known.setattr("localsim.rules._sources", dict(localsim.rules._sources))
         known.setitem(HEADS, "my_head", HEADS["projector"])
         known.setitem(OBJECTIVES, "my_loss", OBJECTIVES["vicreg"])
         get_rule(folder / "mine.py")
