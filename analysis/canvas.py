@@ -60,6 +60,16 @@ def new_figure(width: float, height: float, *, axes: bool = True) -> tuple[Figur
     return figure, (figure.add_subplot() if axes else None)  # pyright: ignore[reportReturnType]
 
 
+def panel_grid(figure: Figure, number: int, columns: int, *, share_y: bool = False) -> list[Axes]:
+    """Return panels side by side with one scale of x, and of y if that is shared; x is numbered below the lowest."""
+    grid = figure.subplots(-(-number // columns), min(number, columns), sharex=True, sharey=share_y, squeeze=False)
+    for axes in list(grid.flat)[number:]:
+        axes.set_axis_off()
+    for axes in list(grid.flat)[max(0, number - columns) : number]:
+        axes.tick_params(labelbottom=True)
+    return list(grid.flat)[:number]
+
+
 def in_order(axes: Axes, labels: Sequence[str]) -> list[Any]:
     """Return the legend handles of these labels, in this order, those that exist."""
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))

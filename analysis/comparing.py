@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import tempfile
-import time
 from collections.abc import Sequence
-from pathlib import Path
 
-from localsim.analysis.catalogue import NAMED
 from localsim.analysis.comparison import Comparison, compare
-from localsim.analysis.regimes import LAYERS
+from localsim.analysis.on_runs import (
+    chosen_controls,
+    chosen_layers,
+    folder_for,
+    open_runs,
+    print_and_save,
+    refuse_existing,
+)
 from localsim.analysis.similarity import get_measure
-from localsim.errors import UserError
-from localsim.rng import key
-from localsim.runs import load_run
+from localsim.analysis.similarity.measure import Measure
 
 
 def compare_runs(
@@ -51,44 +52,26 @@ def compare_runs(
         UserError: something asked for cannot be done; the folder of a measure is there already.
     """
     measures = [get_measure(name) for name in dict.fromkeys(measure.split(","))]
-    folder = Path(out) if out is not None else _default_folder(runs)
+    folder = folder_for("comparisons", runs, out)
     for one in measures:
-        if (folder / one.name).exists():
-            raise UserError(f"{folder / one.name} exists already; choose another --out, or move it away")
-    if rule is not None:
-        from localsim.rules import get_rule
+        refuse_existing(folder / one.name)
+    subjects = open_runs(runs, rule=rule, data=data, data_root=data_root, device=device)
 
-        get_rule(rule)
-    subjects = [
-        path if path.startswith(NAMED) else load_run(path).moved(data=data, data_root=data_root, device=device)
-        for path in runs
-    ]
-    made = []
-    with tempfile.TemporaryDirectory() as temporary:
-        for one in measures:
-            began = time.monotonic()
-            comparison = compare(
-                *subjects,
-                images=images,
-                measure=one,
-                layers=layers if layers in LAYERS else {"modules": layers.split(",")},
-                controls=[] if controls == "none" else controls.split(","),
-                over_training=over_training,
-                resamples=resamples,
-                permutations=permutations,
-                seed=seed,
-                spatial=spatial,
-                device=device,
-                cache=cache or temporary,
-                progress=True,
-            )
-            kept = comparison.save(folder)
-            print(f"{comparison}\n\n{time.monotonic() - began:.0f} s; table and figures in {kept}\n")
-            made.append(comparison)
-    return made
+    def comparison(one: Measure, kept: str) -> Comparison:
+        return compare(
+            *subjects,
+            images=images,
+            measure=one,
+            layers=chosen_layers(layers),
+            controls=chosen_controls(controls),
+            over_training=over_training,
+            resamples=resamples,
+            permutations=permutations,
+            seed=seed,
+            spatial=spatial,
+            device=device,
+            cache=kept,
+            progress=True,
+        )
 
-
-def _default_folder(runs: Sequence[str]) -> Path:
-    names = "+".join(Path(run).name.replace(":", "-") for run in runs)
-    # file systems allow names of 255 bytes
-    return Path("comparisons") / (names if len(names) <= 100 else f"{names[:90]}-{key(names) % 16**6:06x}")
+    return print_and_save(measures, comparison, folder, cache, "table and figures")

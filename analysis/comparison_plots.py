@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from localsim.analysis.canvas import COLOURS, MARKERS, new_figure, styled, wrapped
+from localsim.analysis.canvas import COLOURS, MARKERS, new_figure, panel_grid, styled, wrapped
 from localsim.errors import UserError
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def similarity_profiles(comparison: Comparison) -> Figure:
     columns = 2 if len(regimes) in (2, 4) else 3
     rows = -(-len(regimes) // columns)
     figure, _ = new_figure(2.6 + 2.3 * columns, 0.8 + 2.3 * rows, axes=False)
-    panels = _panels(figure, len(regimes), columns)
+    panels = panel_grid(figure, len(regimes), columns, share_y=True)
     colour = _colours(comparison)
     drawn = {}
     for axes, regime in zip(panels, regimes, strict=True):
@@ -295,16 +295,6 @@ def _scale(panels: Sequence[Axes], comparison: Comparison) -> None:
     else:
         for axes in panels:
             axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-
-
-def _panels(figure: Figure, number: int, columns: int) -> list[Axes]:
-    rows = -(-number // columns)
-    grid = figure.subplots(rows, min(number, columns), sharex=True, sharey=True, squeeze=False)
-    for axes in list(grid.flat)[number:]:
-        axes.set_axis_off()
-    for axes in list(grid.flat)[max(0, number - columns) : number]:
-        axes.tick_params(labelbottom=True)
-    return list(grid.flat)[:number]
 
 
 def _share_labels(figure: Figure, panels: Sequence[Axes], x: str, y: str) -> None:

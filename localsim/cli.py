@@ -191,14 +191,7 @@ def make_parser() -> argparse.ArgumentParser:
                       help="mismatched orders of the images for the tables' chance level (default 100, "
                            "0: none)")  # fmt: skip
     what.add_argument("--seed", metavar="N", type=int, default=0, help="of the draws (default 0)")
-    where = compare.add_argument_group("where")
-    where.add_argument("--rule", metavar="FILE", help="the file of a rule of your own, for runs made with it; executed")
-    where.add_argument("--data", metavar="DIR", help="where the runs' folder of images lies now")
-    where.add_argument("--data-root", metavar="DIR", help="where the runs' named data set lies now")
-    where.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N (default: the runs')")
-    where.add_argument("--cache", metavar="DIR", help="keep features there, by their content, for another time")
-    where.add_argument("--out", metavar="DIR", help="folder for tables and figures (default: comparisons/NAMES)")
-    _debug(where)
+    _where(compare, "comparisons")
 
     _brain_parser(commands)
 
@@ -240,15 +233,9 @@ def _brain_parser(commands: Any) -> None:
     how.add_argument("--resamples", metavar="N", type=int,
                      help="draws of images and neurons for the 95 %% intervals (default 1000, of rdm, rsa, cka 200; "
                           "0: none)")  # fmt: skip
-    how.add_argument("--seed", metavar="N", type=int, default=0, help="of the draws (default 0)")
-    where = brain.add_argument_group("where")
-    where.add_argument("--rule", metavar="FILE", help="the file of a rule of your own, for runs made with it; executed")
-    where.add_argument("--data", metavar="DIR", help="where the runs' folder of images lies now")
-    where.add_argument("--data-root", metavar="DIR", help="where the runs' named data set lies now")
-    where.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N (default: the runs')")
-    where.add_argument("--cache", metavar="DIR", help="keep features there, by their content, for another time")
-    where.add_argument("--out", metavar="DIR", help="folder for tables and figures (default: brain/NAMES)")
-    _debug(where)
+    how.add_argument("--seed", metavar="N", type=int, default=0,
+                     help="of draws, shuffled images, projections, networks by name (default 0)")  # fmt: skip
+    _where(brain, "brain")
 
 
 def _command(
@@ -264,6 +251,17 @@ def _command(
     )
     parser.set_defaults(command=function)
     return parser
+
+
+def _where(parser: Any, folder: str) -> None:
+    where = parser.add_argument_group("where")
+    where.add_argument("--rule", metavar="FILE", help="the file of a rule of your own, for runs made with it; executed")
+    where.add_argument("--data", metavar="DIR", help="where the runs' folder of images lies now")
+    where.add_argument("--data-root", metavar="DIR", help="where the runs' named data set lies now")
+    where.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N (default: the runs')")
+    where.add_argument("--cache", metavar="DIR", help="keep features there, by their content, for another time")
+    where.add_argument("--out", metavar="DIR", help=f"folder for tables and figures (default: {folder}/NAMES)")
+    _debug(where)
 
 
 def _debug(parser: Any) -> None:

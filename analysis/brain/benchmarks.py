@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from localsim.analysis.brain.asked import open_recordings
 from localsim.analysis.brain.brainscore import (
     BenchmarkScore,
     brain_models,
@@ -13,11 +14,11 @@ from localsim.analysis.brain.brainscore import (
     region_layers_from,
     score_benchmark,
 )
-from localsim.analysis.brain.command import folder_for, open_runs, score_runs
+from localsim.analysis.brain.command import score_runs
 from localsim.analysis.brain.scores import BrainScores
-from localsim.analysis.brain.scoring import open_recordings
 from localsim.analysis.controls import CONTROLS
-from localsim.analysis.regimes import LAYERS, Subject, layers_to_read, open_subjects
+from localsim.analysis.on_runs import chosen_controls, chosen_layers, folder_for, open_runs, refuse_existing
+from localsim.analysis.regimes import Subject, layers_to_read, open_subjects
 from localsim.analysis.sources import Source
 from localsim.analysis.spatial import POOLED
 from localsim.analysis.tables import as_csv
@@ -76,7 +77,7 @@ def score_benchmarks(
     judge, region = _open(benchmark)
 
     def every(subject: Subject, shown: Source) -> list[str]:
-        choice = layers_to_read(subject.run, layers if layers in LAYERS else {"modules": layers.split(",")})
+        choice = layers_to_read(subject.run, chosen_layers(layers))
         points = shown.points.choose(*(choice.get(kind) for kind in ("stages", "units", "readouts", "modules")))
         return [point.key for point in points]
 
@@ -147,7 +148,9 @@ def score_chosen_layers(
     def chosen(subject: Subject, _: Source) -> list[str]:
         return [region_layers_from(scores[0].matrix(subject.regime, subject.seed))[region]]
 
-    subjects = open_subjects(opened, controls=[name for name in controls.split(",") if name in CONTROLS], seed=seed)
+    subjects = open_subjects(
+        opened, controls=[name for name in chosen_controls(controls) if name in CONTROLS], seed=seed
+    )
     model = {"degrees": degrees, "spatial": spatial, "seed": seed}
     by = f"{scores[0].metric.name} of {region} in {', '.join(names)}"
     rows = _score(judge, benchmark, region, subjects, chosen, by, image_size, model)
@@ -178,10 +181,7 @@ def _score(
 
 
 def _new_table(runs: Sequence[str], benchmark: str, out: str | None) -> Path:
-    table = folder_for(runs, out) / f"{benchmark}.csv"
-    if table.exists():
-        raise UserError(f"{table} exists already; choose another --out, or move it away")
-    return table
+    return refuse_existing(folder_for("brain", runs, out) / f"{benchmark}.csv")
 
 
 def _some_runs(

@@ -94,16 +94,6 @@ def counts(scores: BrainScores, place: Place) -> str:
     return f"n = {counted(scores, place)}"
 
 
-def panel_grid(figure: Figure, number: int, columns: int) -> list[Axes]:
-    """Return panels side by side with one scale of x; each has a scale of y of its own."""
-    grid = figure.subplots(-(-number // columns), min(number, columns), sharex=True, squeeze=False)
-    for axes in list(grid.flat)[number:]:
-        axes.set_axis_off()
-    for axes in list(grid.flat)[max(0, number - columns) : number]:
-        axes.tick_params(labelbottom=True)
-    return list(grid.flat)[:number]
-
-
 def entitle(axes: Axes, title: str, *small: str, width: int = 38, written: bool = True) -> None:
     """Write a title above a panel, and below it lines of small print, or leave their room empty."""
     lines = [line for text in small if text for line in textwrap.wrap(text, width)]

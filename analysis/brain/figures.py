@@ -22,13 +22,12 @@ from localsim.analysis.brain.figure_parts import (
     intervals_are,
     looks,
     networks,
-    panel_grid,
     several_seeds,
     where,
 )
 from localsim.analysis.brain.means import SeedMean, profile, raw_ceiling
 from localsim.analysis.brain.training_figures import scores_over_training
-from localsim.analysis.canvas import new_figure, styled
+from localsim.analysis.canvas import new_figure, panel_grid, styled
 from localsim.analysis.statistics import COVERAGE
 
 if TYPE_CHECKING:

@@ -22,6 +22,7 @@ from localsim.analysis.brain.stage_choice import BestStage, best_stage
 from localsim.analysis.brain.training import training_behind
 from localsim.analysis.regimes import Layer, Subject, open_subjects, untrained_twins
 from localsim.analysis.spatial import POOLED
+from localsim.assembly import build_credit, build_trunk
 from localsim.credit import Credit
 from localsim.errors import UserError, one_of
 from localsim.rng import key
@@ -247,9 +248,9 @@ def _described(recording: Recording) -> dict[str, Any]:
 def _is_end_to_end(subject: Subject) -> bool:
     """Return whether a single loss on top changes everything by exact gradients, whatever the rule is called."""
     assert subject.run is not None
-    net = subject.run.network("untrained")
-    alone = len(net.taps) == 1 and net.credit == Credit.end_to_end(len(net.stages))
-    return alone and subject.run.config.transport == "exact"
+    config = subject.run.config
+    num = len(build_trunk(config)[1])
+    return config.transport == "exact" and build_credit(config, num) == Credit.end_to_end(num)
 
 
 def _training(subjects: Sequence[Subject]) -> dict[tuple[str, int | None, int | None], tuple[float, float]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from localsim.assembly import build_credit, build_trunk
 from localsim.opening import open_data
 from localsim.runs import Run
 from localsim.schedule import Schedule
@@ -24,16 +25,19 @@ def training_behind(run: Run, steps: Sequence[int]) -> dict[int, tuple[float, fl
     """
     config = run.config
     steps_per_epoch = len(open_data(config).train) // config.batch_size
-    net = run.network("untrained")
-    if not len(net.taps):
+    backbone, stages = build_trunk(config)  # without heads, which may be many times as large
+    credit = build_credit(config, len(stages))
+    if not credit.num_taps:
         return {step: (step / steps_per_epoch, 0.0) for step in steps}
-    phases = Schedule.of(config, steps_per_epoch, len(net.taps)).phases
-    sizes = [sum(parameter.numel() for parameter in stage.parameters()) for stage in net.stages]
+    phases = Schedule.of(config, steps_per_epoch, credit.num_taps).phases
+    sizes = [
+        sum(parameter.numel() for unit in units for parameter in backbone.units[unit].parameters()) for units in stages
+    ]
     found = {}
     for step in steps:
         updates = 0.0
         for phase in phases:
-            reached = net.credit.matrix[list(phase.taps)].sum(0) > 0
+            reached = credit.matrix[list(phase.taps)].sum(0) > 0
             done = min(max(step - phase.start, 0), phase.stop - phase.start)
             updates += done * sum(size for size, changed in zip(sizes, reached, strict=True) if changed)
         found[step] = (step / steps_per_epoch, float(updates))

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import train_in
+from tiny import exit_code, train_in
 
 from localsim.analysis import plots
 from localsim.cli import main
@@ -39,11 +39,7 @@ def here(folder, monkeypatch, tmp_path):
 
 
 def command(text: str) -> int:
-    try:
-        return main(["compare", *text.split()])
-    except SystemExit as stopped:
-        assert isinstance(stopped.code, int)
-        return stopped.code
+    return exit_code(f"compare {text}")
 
 
 def test_tables_and_figures_are_made_in_a_folder_per_measure(here, capsys):

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from localsim import runs
+from localsim.cli import main
 from localsim.config import Config
 from localsim.data import ViewLoader
 from localsim.experiment import prepare
@@ -83,6 +84,15 @@ def train_in(
             runs.start_run(path, config)
         train(net, prepared.loader, config, path, num_classes=10, progress=False)
     return net
+
+
+def exit_code(text: str) -> int:
+    """Return the exit code of a command line, in this process."""
+    try:
+        return main(text.split())
+    except SystemExit as stopped:
+        assert isinstance(stopped.code, int)
+        return stopped.code
 
 
 def checkpoint_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -10,13 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import train_in
+from tiny import exit_code, train_in
 
 from localsim.analysis.brain import figures
 from localsim.analysis.brain.baselines import GaborBank
 from localsim.analysis.brain.folders import save_recording
 from localsim.analysis.brain.recordings import Recording
-from localsim.cli import main
 from localsim.data import ImageSet
 from localsim.errors import UserError
 from localsim.network import LocalNetwork
@@ -64,11 +63,7 @@ def without_figures(monkeypatch):
 
 
 def command(text: str) -> int:
-    try:
-        return main(["brain", *text.split()])
-    except SystemExit as stopped:
-        assert isinstance(stopped.code, int)
-        return stopped.code
+    return exit_code(f"brain {text}")
 
 
 def test_tables_and_figures_are_made(here, capsys):
@@ -195,17 +190,19 @@ def test_a_benchmark_without_brain_score_says_what_to_install(runs, here, capsys
 
 
 def test_a_folder_is_named_after_the_runs(monkeypatch, tmp_path):
-    from localsim.analysis.brain.command import folder_for
+    from localsim.analysis.on_runs import folder_for
 
     (tmp_path / "mine").mkdir()
     monkeypatch.chdir(tmp_path / "mine")
-    assert folder_for(["a/one", "b/two/"], None) == Path("brain/one+two")
-    assert folder_for(["."], None) == Path("brain/mine") and folder_for([], None) == Path("brain/controls")
-    assert folder_for(["torchvision:resnet18:DEFAULT"], None) == Path("brain/torchvision-resnet18-DEFAULT")
-    many = [folder_for([f"seed{number}{last}" for number in range(50)], None).name for last in "ab"]
+    assert folder_for("brain", ["a/one", "b/two/"], None) == Path("brain/one+two")
+    assert folder_for("brain", ["."], None) == Path("brain/mine") and folder_for("brain", [], None) == Path(
+        "brain/controls"
+    )
+    assert folder_for("brain", ["torchvision:resnet18:DEFAULT"], None) == Path("brain/torchvision-resnet18-DEFAULT")
+    many = [folder_for("brain", [f"seed{number}{last}" for number in range(50)], None).name for last in "ab"]
     assert many[0] != many[1] and max(map(len, many)) <= 100
-    assert folder_for(["one"], "elsewhere") == Path("elsewhere")
+    assert folder_for("brain", ["one"], "elsewhere") == Path("elsewhere")
     (tmp_path / "locked").mkdir()
-    monkeypatch.setattr("localsim.analysis.brain.command.os.access", lambda *_: False)
+    monkeypatch.setattr("localsim.analysis.on_runs.os.access", lambda *_: False)
     with pytest.raises(UserError, match="no folder can be made in"):
-        folder_for(["one"], "../locked/x")
+        folder_for("brain", ["one"], "../locked/x")

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from recording_folders import by_hand, pixels, refused, responses
 
 from localsim.analysis.brain import folders
 from localsim.analysis.brain.folders import save_recording
@@ -25,14 +26,6 @@ from localsim.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
 GUIDE = (ROOT / "docs" / "recordings.md").read_text()
-
-
-def pixels(n=5, size=6, seed=0) -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (n, 3, size, size), dtype=np.uint8))
-
-
-def responses(n=5, neurons=3, trials=2, bins=1, seed=0) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=(n, neurons, trials, bins))
 
 
 def recording(**given) -> Recording:
@@ -62,23 +55,7 @@ def same(one: Recording, other: Recording) -> bool:
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A folder by hand, as any program may have written it."""
-    made = tmp_path / "mine"
-    (made / "images").mkdir(parents=True)
-    for number, image in enumerate(pixels()):
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(made / "images" / f"im{number}.png")
-    np.savez(made / "responses.npz", responses=responses())
-    (made / "recording.json").write_text('{"name": "mine"}')
-    return made
-
-
-def refused(path: Path, *said: str) -> None:
-    """One sentence, which holds these words."""
-    with pytest.raises(UserError) as raised:
-        load_recordings(path)
-    message = str(raised.value)
-    assert "\n" not in message and message == message.strip() and not message.endswith(".")
-    for words in said:
-        assert words in message, message
+    return by_hand(tmp_path / "mine")
 
 
 # -- there and back ---------------------------------------------------------------------------------------------------
