@@ -72,7 +72,10 @@ def build_network(config: Config, trunk: tuple[Backbone, Stages] | None = None) 
     backbone, stages = build_trunk(config) if trunk is None else trunk
     credit = build_credit(config, len(stages))
     noise = Noise.parse(config.noise)
-    net_stages = [Stage([backbone.units[unit] for unit in units], make_boundary(noise)) for units in stages]
+    recompute = config.recompute == "units"
+    net_stages = [
+        Stage([backbone.units[unit] for unit in units], make_boundary(noise), recompute=recompute) for units in stages
+    ]
     shapes = unit_shapes(backbone, trunk_size(config))
     taps = [build_tap(config, backbone, stages, shapes, credit, tap) for tap in range(credit.num_taps)]
     if config.provenance == "identical":
@@ -128,6 +131,7 @@ def build_tap(
             shapes[unit],
             expand_width=config.expand_width,
             grid=patches.grid(config.image_size) if patches else None,
+            impl=config.readout_impl,
         )
     plain_head: str = OBJECTIVES[objective_name].head
 

@@ -73,6 +73,10 @@ class Config:
     probe_protocol: str  # logistic, paper (Siddiqui et al. 2023), or none
     probe_images: int | None  # training images that the probes see; None: all
     log_every: int = 10  # steps between lines of metrics
+    # how it is computed: exact but for rounding
+    readout_impl: str = "auto"  # of `expand`: auto, fused (its map is never made) or plain
+    recompute: str = "none"  # none, or units: keep only what enters each unit block, and run it again in the backward
+    compile: bool = False  # run every stage through torch.compile
     # how it is run: does not change the numbers, may differ when a run is resumed
     max_steps: int | None = field(default=None, metadata={"free": True})  # stop after so many; the schedule stays
     device: str = field(default="auto", metadata={"free": True})
@@ -125,6 +129,21 @@ class Config:
             ):
                 if getattr(self, name) == value:
                     raise UserError(f"{name} {value} needs schedule sequential: {reason}")
+        if self.recompute != "none" and self.compile:
+            raise UserError("recompute units and compile contradict each other: what is compiled chooses what it keeps")
+        if self.recompute != "none" and self.transport == "direct_feedback":
+            raise UserError(
+                "recompute units cannot serve transport direct_feedback, which listens to layers as they run"
+            )
+        if self.readout_impl == "fused" and self.transport not in ("exact", "direct_feedback"):
+            raise UserError(
+                f"readout_impl fused cannot carry transport {self.transport}, which needs the readout's layers one by "
+                "one; allowed: auto, plain"
+            )
+        if self.readout_impl != "auto" and "expand" not in self.readout:
+            raise UserError(
+                f"readout_impl {self.readout_impl} has no meaning for readout {self.readout}: expand alone has two ways"
+            )
         if self.reach is not None and self.credit is not None:
             raise UserError("reach and an explicit credit matrix contradict each other; give one of them")
 
@@ -209,6 +228,9 @@ _ONE_OF = {
     "probe_protocol": ("logistic", "paper", "none"),
     "zero_init_residual": (True, False),
     "channels_last": (True, False),
+    "readout_impl": ("auto", "fused", "plain"),
+    "recompute": ("none", "units"),
+    "compile": (True, False),
 }
 
 

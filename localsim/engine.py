@@ -173,13 +173,10 @@ class _Step:
         )
         leaves = [x.detach().requires_grad_(goes_below) for x in inputs]
         outputs, reads = [], []
-        with torch.set_grad_enabled(self.last_use[stage] >= 0):
+        # one autocast for all views, which then share the casts of the weights
+        with torch.set_grad_enabled(self.last_use[stage] >= 0), self.autocast():
             for view, leaf in enumerate(leaves):
-                with (
-                    keyed(self.key, "stage", stage, view, device=self.net.device),
-                    self.autocast(),
-                    direct_reads() as read,
-                ):
+                with keyed(self.key, "stage", stage, view, device=self.net.device), direct_reads() as read:
                     outputs.append(module(leaf))
                     reads.append(read)
         if self.last_use[stage] >= 0:
@@ -214,10 +211,11 @@ class _Step:
         parameters = _trainable(tap)
         contexts = [None] * len(self.held[tap.stage]) if tap.context is None else self.held[tap.context]
         reads = [h.detach().requires_grad_(wanted) for h in self.held[tap.stage]]
-        embeddings: list[Embedding] = []
-        for view, (read, context) in enumerate(zip(reads, contexts, strict=True)):
-            with keyed(self.key, "tap", index, view, device=self.net.device), self.autocast():
-                embeddings.append(_each(_at_least_float32, tap(read, context)))
+        with self.autocast():
+            embeddings = tap.embed_views(
+                reads, contexts, lambda view: keyed(self.key, "tap", index, view, device=self.net.device)
+            )
+        embeddings = [_each(_at_least_float32, z) for z in embeddings]
         with keyed(self.key, "objective", index, device=self.net.device):
             loss = tap.objective(tuple(embeddings), self.labels)
         self.losses[index] = loss.detach()

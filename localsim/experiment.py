@@ -114,6 +114,9 @@ def prepare(config: Config) -> Prepared:
     if config.channels_last:
         net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     check_precision(config, net, backbone)
+    if config.compile:
+        for stage in net.stages:
+            stage.compile_units()
     data = open_data(config)
     loader = open_loader(config, data, device)
     first_views = loader

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
 
 import torch
@@ -13,6 +14,7 @@ from localsim.backbones import UnitBlock, load_trunk_state_dict, trunk_state_dic
 from localsim.credit import Credit
 from localsim.errors import UserError
 from localsim.patches import Patches
+from localsim.recompute import rerun
 
 Embedding = Tensor | tuple[Tensor, ...]
 """What a head makes of a readout: a vector per image `(n, d)`, or several tensors, the first one entry per image."""
@@ -51,12 +53,23 @@ class ModuleListOf(nn.ModuleList, Generic[M]):
 
 
 class Stage(nn.Module):
-    """Consecutive unit blocks between two cuts, followed by what happens at the boundary (noise, or nothing)."""
+    """Consecutive unit blocks between two cuts, followed by what happens at the boundary (noise, or nothing).
 
-    def __init__(self, units: Sequence[UnitBlock], boundary: nn.Module | None = None) -> None:
+    Args:
+        units: from the input up.
+        boundary: what happens to the last one's output.
+        recompute: keep only what enters each unit block, and run the block again when its gradients are computed
+            (Chen et al. 2016, arXiv 1604.06174). The gradients are the same bits; running statistics move once.
+    """
+
+    def __init__(
+        self, units: Sequence[UnitBlock], boundary: nn.Module | None = None, *, recompute: bool = False
+    ) -> None:
         super().__init__()
         self.units = ModuleListOf[UnitBlock](units)
         self.boundary = nn.Identity() if boundary is None else boundary
+        self.recompute = recompute
+        self._compiled: Callable[[Tensor], Tensor] | None = None
 
     @property
     def name(self) -> str:
@@ -64,11 +77,18 @@ class Stage(nn.Module):
         names = [unit.name for unit in self.units]
         return names[0] if len(names) == 1 else f"{names[0]}..{names[-1]}"
 
+    def compile_units(self) -> None:
+        """Run the unit blocks through `torch.compile` from now on; what happens at the boundary keeps its draws."""
+        self._compiled = torch.compile(self._run_units, dynamic=False)
+
     def forward(self, x: Tensor) -> Tensor:
         """Return the stage's output map for the map (or images) `x`."""
+        return self.boundary((self._compiled or self._run_units)(x))
+
+    def _run_units(self, x: Tensor) -> Tensor:
         for unit in self.units:
-            x = unit(x)
-        return self.boundary(x)
+            x = rerun(unit, x) if self.recompute and torch.is_grad_enabled() else unit(x)
+        return x
 
 
 class Tap(nn.Module):
@@ -102,6 +122,25 @@ class Tap(nn.Module):
         """Return the embedding of a stage output `h`."""
         read = self.readout(h)
         return self.head(read) if context is None else self.head(read, context)
+
+    def embed_views(
+        self,
+        maps: Sequence[Tensor],
+        contexts: Sequence[Tensor | None],
+        draws: Callable[[int], AbstractContextManager[object]],
+    ) -> list[Embedding]:
+        """Return the embedding of every view, each read with random draws of its own: `draws(view)`.
+
+        A head with `forward_views` maps what was read of all views at once, so that its weights are read, and their
+        gradients made, once. It must give each view what calling it view after view gives, and draw nothing.
+        """
+        together = getattr(self.head, "forward_views", None)
+        part = self.readout if together is not None and self.context is None else self
+        made = []
+        for view, (h, context) in enumerate(zip(maps, contexts, strict=True)):
+            with draws(view):
+                made.append(part(h) if context is None else part(h, context))
+        return made if part is self else list(together(made))
 
     def embed(self, outputs: Mapping[int, Tensor]) -> Embedding:
         """Return the embedding of what the stages gave: outputs by the stage's index, the images as `IMAGES`."""

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from localsim.cifar_resnets import CifarBasicBlock
 from localsim.errors import UserError
 from localsim.patches import unfold
+from localsim.rules.expand import Expand
 from localsim.rules.initialise import kaiming_fan_out
 
 BY_KIND = {
@@ -51,23 +52,6 @@ class LocalPool(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return `(batch, channels * k * k)` for a map `(batch, channels, height, width)`."""
         return x.mean((2, 3)) if self.k == 1 else F.adaptive_avg_pool2d(x, self.k).flatten(1)
-
-
-class Expand(nn.Module):
-    """Convolution to `width` channels without bias, batch norm, ReLU, then the mean over positions."""
-
-    kind = "vector"
-
-    def __init__(self, num_channels: int, width: int, kernel_size: int = 1) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(num_channels, width, kernel_size, padding=kernel_size // 2, bias=False)
-        self.bn = nn.BatchNorm2d(width)
-        self.out_features = width
-        self.out_shape = (width,)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return `(batch, width)` for a map `(batch, channels, height, width)`."""
-        return F.relu(self.bn(self.conv(x))).mean((2, 3))
 
 
 class Subsample(nn.Module):
@@ -171,7 +155,12 @@ Readout = LocalPool | Expand | Subsample | Residual | Map | PatchMeans | OverPat
 
 
 def make_readout(
-    name: str, shape: tuple[int, int, int], *, expand_width: int, grid: tuple[int, int] | None = None
+    name: str,
+    shape: tuple[int, int, int],
+    *,
+    expand_width: int,
+    grid: tuple[int, int] | None = None,
+    impl: str = "auto",
 ) -> Readout:
     """Return the readout `name`: its `kind` says what it gives (see `BY_KIND`), its `out_shape` how large per image.
 
@@ -180,9 +169,10 @@ def make_readout(
         shape: `(channels, height, width)` of the map, that of one patch where images are cut into patches.
         expand_width: width of `expand`.
         grid: `(rows, columns)` of patches into which every image is cut; None for whole images.
+        impl: how `expand` is computed, see `Expand`; the others have one way only.
 
     Raises:
-        UserError: unknown name, regions finer than the map, `patches` of whole images or `map` of patches.
+        UserError: unknown name or `impl`, regions finer than the map, `patches` of whole images or `map` of patches.
     """
     if name == "map":
         if grid is not None:
@@ -192,20 +182,20 @@ def make_readout(
         if grid is None:
             raise UserError("readout patches needs images cut into patches, e.g. --set patches=16:8")
         return PatchMeans(shape[0], grid)
-    made = _make_vector(name, shape, expand_width)
+    made = _make_vector(name, shape, expand_width, impl)
     return made if grid is None else OverPatches(made, grid[0] * grid[1])
 
 
 def _make_vector(
-    name: str, shape: tuple[int, int, int], expand_width: int
+    name: str, shape: tuple[int, int, int], expand_width: int, impl: str
 ) -> LocalPool | Expand | Subsample | Residual:
     channels, height, width = shape
     if name == "global":
         return LocalPool(channels)
     if name in ("expand", "expand1x1"):
-        return Expand(channels, expand_width)
+        return Expand(channels, expand_width, 1, impl)
     if name == "expand3x3":
-        return Expand(channels, expand_width, 3)
+        return Expand(channels, expand_width, 3, impl)
     if name == "subsample":
         return Subsample(channels)
     if match := re.fullmatch(r"subsample([1-9]\d*)", name):

@@ -1,0 +1,168 @@
+"""The `expand` readout: convolution, batch norm, ReLU, mean over positions, without ever making the expanded map.
+
+The map would be the largest of all: 2048 x 56 x 56 numbers per view and image for the first block of ResNet-50 at
+224 px, more than the whole trunk keeps. `_Fused` makes a few of its channels at a time, pools them, forgets them; its
+backward makes them again. Batch norm treats every channel alone, so these slices are exact. A fourth convolution where
+the plain formulation has three is the price; a map that fits a cache is the gain, so maps that fit one anyway are made
+plainly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from localsim.errors import one_of
+
+_aten = torch.ops.aten
+
+IMPLS = ("auto", "fused", "plain")
+
+_LARGE = 2**22
+"""Numbers in an expanded map from which on `auto` does not make it: about what a processor's last cache holds."""
+_SLICE = 2**21
+"""Numbers in a slice of the map: a few of them fit a processor's cache."""
+_SLICE_ELSEWHERE = 2**27
+"""The same on an accelerator, which needs large operations to be busy."""
+_FEWEST_CHANNELS = 128  # in a slice: convolutions to fewer run at less than half their speed
+
+
+class Expand(nn.Module):
+    """Convolution to `width` channels without bias, batch norm, ReLU, then the mean over positions.
+
+        pooled[n, k] = mean_p ReLU(BN_k(sum_c W[k, c] x[n, c, p]))
+
+    CbE + GSP of Siddiqui et al. 2023 (arXiv 2302.01647), section 3.
+
+    Args:
+        num_channels: of the map it reads.
+        width: channels to which it expands.
+        kernel_size: 1 or 3.
+        impl: `plain` runs the layers one after the other; `fused` makes a slice of channels at a time and saves nothing
+            but the map it reads; `auto` is fused for maps that are large when expanded. Both give the same numbers but
+            for rounding. Where hooks listen to the layers inside, they are run plainly.
+
+    Raises:
+        UserError: unknown `impl`.
+    """
+
+    kind = "vector"
+
+    def __init__(self, num_channels: int, width: int, kernel_size: int = 1, impl: str = "auto") -> None:
+        super().__init__()
+        if impl not in IMPLS:
+            raise one_of("readout_impl", impl, IMPLS)
+        self.conv = nn.Conv2d(num_channels, width, kernel_size, padding=kernel_size // 2, bias=False)
+        self.bn = nn.BatchNorm2d(width)
+        self.impl = impl
+        self.out_features = width
+        self.out_shape = (width,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `(batch, width)` for a map `(batch, channels, height, width)`."""
+        if self._is_plain(x):
+            return F.relu(self.bn(self.conv(x))).mean((2, 3))
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        bn = self.bn
+        if bn.training and bn.num_batches_tracked is not None:
+            bn.num_batches_tracked.add_(1)
+        pooled = _Fused.apply(
+            x,
+            self.conv.weight,
+            bn.weight,
+            bn.bias,
+            bn.running_mean,
+            bn.running_var,
+            (bn.training, bn.momentum, bn.eps, self.conv.kernel_size[0] // 2),
+        )
+        assert isinstance(pooled, Tensor)
+        return pooled
+
+    def _is_plain(self, x: Tensor) -> bool:
+        if self.impl == "plain" or any(m._forward_hooks or m._forward_pre_hooks for m in (self.conv, self.bn)):
+            return True
+        return self.impl == "auto" and x[:, 0].numel() * self.out_features < _LARGE
+
+    def extra_repr(self) -> str:
+        return f"impl={self.impl}"
+
+
+class _Fused(torch.autograd.Function):
+    """The pooled map, slice by slice of its channels.
+
+    Saved are the input map and each channel's mean and deviation. The backward of a slice runs the operations of the
+    plain formulation on the slice made anew.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        gain: Tensor,
+        bias: Tensor,
+        running_mean: Tensor,
+        running_var: Tensor,
+        how: tuple[bool, float, float, int],
+    ) -> Tensor:
+        training, momentum, eps, padding = how
+        # several times faster on processors, for the convolutions and the normalisation
+        x = x.contiguous(memory_format=torch.channels_last)
+        pooled, means, deviations = [], [], []
+        for part in _slices(x, weight):
+            y = F.conv2d(x, weight[part].to(x.dtype), padding=padding)
+            z, mean, inverse_deviation = torch.native_batch_norm(
+                y, gain[part], bias[part], running_mean[part], running_var[part], training, momentum, eps
+            )
+            del y
+            pooled.append(z.relu_().mean((2, 3)))
+            if not training:
+                mean, inverse_deviation = running_mean[part], torch.rsqrt(running_var[part] + eps)
+            means.append(mean)
+            deviations.append(inverse_deviation)
+        ctx.save_for_backward(x, weight, gain, bias, torch.cat(means), torch.cat(deviations))
+        ctx.how = how
+        return torch.cat(pooled, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, gain, bias, mean, inverse_deviation = ctx.saved_tensors
+        training, _, eps, padding = ctx.how
+        wants = ctx.needs_input_grad
+        of_x = None
+        of_weight, of_gain, of_bias = torch.zeros_like(weight), torch.zeros_like(gain), torch.zeros_like(bias)
+        share = (grad / x[0, 0].numel())[..., None, None]
+        for part in _slices(x, weight):
+            kernel = weight[part].to(x.dtype)
+            spread = inverse_deviation[part]
+            fixed = mean[part], spread.pow(-2) - eps
+            y = F.conv2d(x, kernel, padding=padding)
+            z, _, _ = torch.native_batch_norm(y, gain[part], bias[part], *fixed, False, 0.0, eps)
+            of_z = _aten.threshold_backward(share[:, part].expand_as(z), z, 0)
+            del z
+            of_y, of_gain[part], of_bias[part] = _aten.native_batch_norm_backward(
+                of_z, y, gain[part], *fixed, mean[part], spread, training, eps, [True, True, True]
+            )
+            del y, of_z
+            more, slopes, _ = _aten.convolution_backward(
+                of_y, x, kernel, None, [1, 1], [padding] * 2, [1, 1], False, [0, 0], 1, [wants[0], wants[1], False]
+            )
+            if wants[0]:
+                of_x = more if of_x is None else of_x.add_(more)
+            if wants[1]:
+                of_weight[part] = slopes
+        return of_x, of_weight, of_gain, of_bias, None, None, None
+
+
+def _slices(x: Tensor, weight: Tensor) -> Iterator[slice]:
+    """Yield slices of the output channels, each of which makes a map of a size that is dealt with fast."""
+    numbers = _SLICE if x.device.type in ("cpu", "meta") else _SLICE_ELSEWHERE
+    width = max(_FEWEST_CHANNELS, numbers // x[:, 0].numel() // 16 * 16)
+    return (slice(start, start + width) for start in range(0, len(weight), width))
