@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from localsim.cost_command import COST_EXAMPLES, add_cost_options
 from localsim.errors import Interrupted, TrainingFailed, UserError
 
 ABOUT = """\
@@ -194,6 +195,8 @@ def make_parser() -> argparse.ArgumentParser:
     _where(compare, "comparisons")
 
     _brain_parser(commands)
+    add_cost_options(_command(commands, "cost", "what a step of a rule costs, before training and without data",
+                              COST_EXAMPLES, _cost))  # fmt: skip
 
     rules = _command(commands, "rules", "the rules, their papers and credit matrices", "", _rules)
     rules.add_argument("name", metavar="NAME", nargs="?", help="only this rule")
@@ -288,15 +291,21 @@ def _settings(pairs: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _given(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return all options by name, those of --set among them."""
     given = {name: value for name, value in vars(arguments).items() if name not in ("command", "debug", "set")}
     settings = _settings(arguments.set)
     for name in settings:
         if given.get(name) is not None:
             raise UserError(f"{name} is given twice: by --{name.replace('_', '-')} and by --set")
+    return {**given, **settings}
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    given = _given(arguments)
     from localsim.experiment import run
 
-    run(**{**given, **settings})
+    run(**given)
     return 0
 
 
@@ -351,6 +360,14 @@ def _brain(arguments: argparse.Namespace) -> int:
     if changed:  # by default those among the controls that are networks
         options["controls"] = [] if arguments.controls == "none" else arguments.controls.split(",")
     score_benchmarks(arguments.runs, arguments.benchmark, **options)
+    return 0
+
+
+def _cost(arguments: argparse.Namespace) -> int:
+    given = _given(arguments)
+    from localsim.cost_command import report_costs
+
+    report_costs(**given)
     return 0
 
 

@@ -13,7 +13,8 @@ class HeldBytes:
     """A context in which every tensor that autograd saves is counted while its graph keeps it.
 
     A storage saved several times counts once. Parameters are named as `excluded`: they live anyway. Casts of weights
-    that autocast makes are counted, since the graph is what keeps them.
+    that autocast makes are counted, since the graph is what keeps them. Fake tensors, which have no memory, count with
+    the bytes that they stand for.
 
     Attributes:
         now: bytes held at this moment.
@@ -21,7 +22,7 @@ class HeldBytes:
     """
 
     def __init__(self, excluded: Iterable[Tensor] = ()) -> None:
-        self._excluded = {tensor.untyped_storage().data_ptr() for tensor in excluded}
+        self._excluded = {_identity(tensor) for tensor in excluded}
         self._count: dict[int, int] = {}
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda held: held.tensor)
         self.now = 0
@@ -40,17 +41,21 @@ class HeldBytes:
         return _Held(tensor, self)
 
     def _add(self, tensor: Tensor, step: int) -> None:
-        storage = tensor.untyped_storage()
-        pointer = storage.data_ptr()
-        if pointer in self._excluded:
+        identity = _identity(tensor)
+        if identity in self._excluded:
             return
-        before = self._count.get(pointer, 0)
-        self._count[pointer] = before + step
+        before = self._count.get(identity, 0)
+        self._count[identity] = before + step
         if before + step == 0:
-            del self._count[pointer]
+            del self._count[identity]
         if 0 in (before, before + step):
-            self.now += step * storage.nbytes()
+            self.now += step * tensor.untyped_storage().nbytes()
             self.peak = max(self.peak, self.now)
+
+
+def _identity(tensor: Tensor) -> int:
+    # not the address of its data, which tensors without memory have none of (localsim.cost)
+    return tensor.untyped_storage()._cdata
 
 
 class _Held:

@@ -18,6 +18,8 @@ FLAGS = {
     "--rule --data --data-root --device --cache --out --debug",
     "brain": "--recordings --benchmark --regions --bins --metric --layers --spatial --image-size --controls "
     "--over-training --choose-stage --resamples --seed --rule --data --data-root --device --cache --out --debug",
+    "cost": "--rule --granularity --cuts --reach --objective --readout --preset --backbone --image-size --batch-size "
+    "--precision --set --plot --json --debug",
     "rules": "--stages --debug",
 }
 

@@ -1,0 +1,248 @@
+"""What a rule costs, before it is trained: the engine's own step, run on tensors that have shapes but no memory.
+
+The network is built on torch's meta device, its tensors become fake CPU tensors, and `localsim.engine.backward` runs a
+training step on them. Nothing is computed or allocated, whatever the size; which graphs live when, what autograd saves
+and how gradients are routed is the step's own doing, so that a prediction cannot say anything else than the run does.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from torch.utils.module_tracker import ModuleTracker
+
+from localsim import engine
+from localsim.assembly import build_network
+from localsim.config import Config
+from localsim.cost_table import cost_table as cost_table
+from localsim.credit import Credit
+from localsim.errors import UserError
+from localsim.memory import HeldBytes
+from localsim.network import IMAGES, Embedding, LocalNetwork, tensors_of
+from localsim.schedule import acting_together
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What one training step of a configuration costs; of a sequential schedule, every number is its largest phase's.
+
+    Bytes are those of the tensors' elements in the precision of the run; FLOPs are those of convolutions and matrix
+    products, 2 for every multiply-add (what is done element by element counts nothing). Tuples have an
+    entry per stage, or per boundary between two stages, from the input up.
+
+    Attributes:
+        stages: names of the stages, by their first and last unit blocks.
+        units: unit blocks of every stage.
+        trunk_parameters: of all stages, trainable and frozen.
+        tap_parameters: of all readouts and heads.
+        forward_flops: of all views through stages, readouts, heads and objectives.
+        backward_flops: of all vector-Jacobian products, recomputed activations included.
+        held_bytes: what autograd holds at the peak, weights apart; `localsim run` measures the same number.
+        paths: for every stage, unit blocks on the longest gradient path that ends in it, see `Credit.path_to`.
+        update_locks: for every stage, unit blocks whose forward passes, from the stage's first one on, must be over
+            before its gradient is final and it may be updated; 0 for a stage that is never updated. Its own unit blocks
+            where it waits for nothing above it.
+        stages_run: the same, as the number of stages that have run by then, counted from the input.
+        up_bytes: activations of all views that cross each boundary on their way up.
+        down_bytes: boundary gradients that cross it on their way down, one set of maps per group of taps whose signals
+            travel merged (under direct feedback the taps' errors).
+        context_bytes: maps from elsewhere that taps read beside the output of their own stage.
+        gradient_bytes: the most parameter gradients that are alive at once, if those that are final are used up before
+            any other are made, as `localsim run` does.
+    """
+
+    rule: str
+    backbone: str
+    image_size: int
+    batch_size: int
+    views: int
+    precision: str
+    stages: tuple[str, ...]
+    units: tuple[int, ...]
+    trunk_parameters: int
+    tap_parameters: int
+    forward_flops: int
+    backward_flops: int
+    held_bytes: int
+    paths: tuple[int, ...]
+    update_locks: tuple[int, ...]
+    stages_run: tuple[int, ...]
+    up_bytes: tuple[int, ...]
+    down_bytes: tuple[int, ...]
+    context_bytes: int
+    gradient_bytes: int
+
+    @property
+    def gradient_path(self) -> int:
+        """The longest gradient path, in unit blocks."""
+        return max(self.paths)
+
+    @property
+    def update_lock(self) -> int:
+        """The longest wait of any stage for its update, in unit blocks."""
+        return max(self.update_locks)
+
+
+def cost(config: Config) -> Cost:
+    """Return what a step of a configuration costs, without data and without computing it.
+
+    Counted for the CPU in eager mode; a device that keeps other buffers for its backward passes holds slightly more or
+    less. With transport feedback_alignment the network itself is built, for its weights decide the feedback.
+
+    Raises:
+        UserError: the network cannot be built (see `localsim.assembly.build_network`), or a rule's head or objective
+            asks for the values of tensors, which there are none of.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode  # slow to import
+
+    real = config.transport == "feedback_alignment"
+    with nullcontext() if real else torch.device("meta"):
+        net = build_network(config)
+    phases = acting_together(config, len(net.taps)) or [()]
+    try:
+        with FakeTensorMode():
+            net = _without_memory(net).train()
+            measured = [_measure(net, config, taps) for taps in phases]
+    except UserError:
+        raise
+    except Exception as error:  # whatever a user's head or objective may raise
+        first_line = (str(error).strip() or "no message").splitlines()[0]
+        raise UserError(
+            f"the cost of rule {config.rule} cannot be predicted, for its step does not run on tensors without values "
+            f"({type(error).__name__}: {first_line}); `localsim run` measures it before training"
+        ) from error
+    return Cost(
+        **{f.name: getattr(config, f.name) for f in fields(Cost) if f.name in Config.names()},
+        stages=tuple(stage.name for stage in net.stages),
+        units=tuple(net.units_per_stage),
+        trunk_parameters=sum(p.numel() for p in net.stages.parameters()),
+        tap_parameters=sum(p.numel() for p in net.taps.parameters()),
+        **{name: _largest([phase[name] for phase in measured]) for name in measured[0]},
+    )
+
+
+def signals_down(credit: Credit) -> tuple[int, ...]:
+    """Return for every boundary, from the lowest, how many sets of boundary gradients cross it on their way down.
+
+    One per group of taps above it whose credit for what is below it is proportional: these travel as one.
+    """
+    return tuple(
+        len(
+            {
+                (row[:below] / row[:below].max()).tobytes()
+                for top, row in zip(credit.taps, credit.matrix, strict=True)
+                if top >= below and row[:below].any()
+            }
+        )
+        for below in range(1, credit.num_stages)
+    )
+
+
+def _without_memory(net: LocalNetwork) -> LocalNetwork:
+    """Return a copy whose tensors are fake; `deepcopy` takes them from its memo."""
+    memo: dict[int, object] = {id(p): nn.Parameter(_like(p), requires_grad=p.requires_grad) for p in net.parameters()}
+    return copy.deepcopy(net, memo | {id(b): _like(b) for b in net.buffers()})
+
+
+def _like(tensor: Tensor) -> Tensor:
+    # on the CPU and not on the meta device, where autocast has no meaning
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+
+
+@dataclass
+class _Watch:
+    """What the engine's hooks see of a step."""
+
+    net: LocalNetwork
+    out_bytes: dict[int, int] = field(default_factory=dict)
+    stages_run: list[int] = field(default_factory=list)
+    error_width: int = 0
+    gradient_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self.stages_run = [0] * len(self.net.stages)
+        self.stage_of = {id(p): i for i, stage in enumerate(self.net.stages) for p in stage.parameters()}
+
+    def on_stage(self, stage: int, outputs: list[Tensor], _alive: tuple[int, ...]) -> None:
+        self.out_bytes[stage] = sum(out.nbytes for out in outputs)
+
+    def on_tap(self, _tap: int, embeddings: tuple[Embedding, ...], _loss: Tensor) -> None:
+        self.error_width = max(self.error_width, sum(part.flatten(1).shape[1] for part in tensors_of(embeddings[0])))
+
+    def on_final(self, parameters: list[nn.Parameter]) -> None:
+        alive = sum(p.grad.nbytes for p in self.net.parameters() if p.grad is not None)
+        self.gradient_bytes = max(self.gradient_bytes, alive)
+        for parameter in parameters:
+            parameter.grad = None
+            if (stage := self.stage_of.get(id(parameter))) is not None:
+                self.stages_run[stage] = len(self.out_bytes)
+
+
+def _measure(net: LocalNetwork, config: Config, taps: Sequence[int]) -> dict[str, Any]:
+    """Run a step in which some taps act, on fake tensors; return the fields of `Cost` that it decides."""
+    images = torch.empty(config.batch_size, 3, config.image_size, config.image_size)
+    labels = torch.zeros(config.batch_size, dtype=torch.long)
+    watch = _Watch(net)
+    hooks = engine.Hooks(on_stage=watch.on_stage, on_tap=watch.on_tap, on_final=watch.on_final)
+    chosen = None if len(taps) == len(net.taps) else taps
+    with _Arithmetic() as flops, HeldBytes(net.parameters()) as held:
+        views = [images.clone() for _ in range(config.views)]
+        engine.backward(
+            net, *views, labels=labels, key=config.seed, precision=config.precision, hooks=hooks, taps=chosen
+        )
+    credit, units, run = net.credit.only(taps), net.units_per_stage, watch.stages_run
+    # stages above the highest acting tap are not run: nothing crosses to them
+    crossing = [watch.out_bytes[stage] if stage + 1 in watch.out_bytes else 0 for stage in range(len(units) - 1)]
+    error = 4 * watch.error_width * config.batch_size * config.views  # direct feedback broadcasts it in float32
+    sent = [error] * len(crossing) if config.transport == "direct_feedback" else crossing
+    read = {stage: watch.out_bytes[stage] for stage in watch.out_bytes} | {IMAGES: config.views * images.nbytes}
+    return {
+        "forward_flops": flops.forward,
+        "backward_flops": flops.backward,
+        "held_bytes": held.peak,
+        "paths": tuple(credit.path_to(stage, units) for stage in range(len(units))),
+        "update_locks": tuple(sum(units[stage : run[stage]]) for stage in range(len(units))),
+        "stages_run": tuple(run),
+        "up_bytes": tuple(crossing),
+        "down_bytes": tuple(n * size for n, size in zip(signals_down(credit), sent, strict=True)),
+        "context_bytes": sum(
+            read[tap.context]
+            for tap in (net.taps[index] for index in taps)
+            if tap.context is not None and tap.context != tap.stage and (tap.context, tap.stage) != (IMAGES, 0)
+        ),
+        "gradient_bytes": watch.gradient_bytes,
+    }
+
+
+class _Arithmetic(TorchDispatchMode):
+    """Counts the FLOPs of every operation by torch's own formulas, apart for forward and backward passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forward = self.backward = 0
+        self._tracker = ModuleTracker()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if (formula := flop_registry.get(func._overloadpacket)) is not None:
+            number = formula(*args, **kwargs, out_val=out)
+            if self._tracker.is_bw:
+                self.backward += number
+            else:
+                self.forward += number
+        return out
+
+
+def _largest(values: Sequence[Any]) -> Any:
+    """Return the largest of the phases' numbers, of tuples entry by entry."""
+    return tuple(np.max(values, axis=0).tolist()) if isinstance(values[0], tuple) else max(values)

@@ -1,0 +1,137 @@
+"""`localsim cost`: its options, and what it prints and writes. Nothing heavy is imported before it runs."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from localsim.errors import UserError, one_of
+from localsim.files import write_json
+
+if TYPE_CHECKING:
+    from localsim.cost import Cost
+
+COST_EXAMPLES = """\
+examples:
+  localsim cost --rule blockwise --granularity 4 --preset imagenet    the published configuration, by stage
+  localsim cost --rule blockwise,loco,end_to_end --granularity 1,2,4,8,block --plot cost.png
+  localsim cost --rule blockwise --set recompute=units --batch-size 256    any setting of `localsim run`
+"""
+
+
+def add_cost_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command; all but --plot, --json and --debug are settings as in `localsim run`."""
+    parser.add_argument("--rule", metavar="NAMES", help="blockwise (default), another, or several: blockwise,loco")
+    parser.add_argument(
+        "--granularity", metavar="K", help="how many stages, or network, stage, block; or several: 1,4,8"
+    )
+    parser.add_argument("--cuts", metavar="WHERE", help="auto, balanced, or unit blocks at which stages begin")
+    parser.add_argument("--reach", metavar="N", type=int, help="how many stages down every loss's credit goes")
+    parser.add_argument("--objective", metavar="NAME", help="what every tap minimises")
+    parser.add_argument("--readout", metavar="NAME", help="global, local2x2, expand, expand3x3, ...")
+    parser.add_argument("--preset", metavar="NAME", help="quick (default), cifar10, stl10, folder, imagenet")
+    parser.add_argument("--backbone", metavar="NAME", help="resnet18/34/50/101, resnet20/32/110, vgg11, ...")
+    parser.add_argument("--image-size", metavar="PX", type=int, help="side of the images")
+    parser.add_argument("--batch-size", metavar="N", type=int, help="images in a batch")
+    parser.add_argument("--precision", metavar="NAME", help="full or bf16")
+    parser.add_argument("--set", metavar="NAME=VALUE", action="append", default=[],
+                        help="any other setting of `localsim run`; may be repeated")  # fmt: skip
+    parser.add_argument(
+        "--plot", metavar="FILE", help="draw held bytes, arithmetic and gradient path: .png, .svg, .pdf"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write all numbers, those of every stage too")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def report_costs(
+    rule: str | None = None,
+    granularity: str | None = None,
+    *,
+    preset: str | None = None,
+    plot: str | Path | None = None,
+    json: str | Path | None = None,
+    **settings: Any,
+) -> list[Cost]:
+    """Print what rules cost at granularities, and write it down where asked.
+
+    Args:
+        rule: names or files of rules, with commas; `blockwise` if not given.
+        granularity: numbers of stages or names of cuts, with commas; by default what each rule says.
+        preset: see `localsim.presets.resolve`.
+        plot: a figure to write, .png, .svg or .pdf.
+        json: a file to write, with everything that `localsim.cost.Cost` holds.
+        settings: any field of `localsim.config.Config`.
+
+    Returns:
+        The costs that were printed.
+
+    Raises:
+        UserError: see `costs`; or a file exists already or is of an unknown format.
+    """
+    from localsim.analysis.canvas import FORMATS, save
+    from localsim.cost_table import cost_table, stage_table
+
+    for path in (Path(path) for path in (plot, json) if path is not None):
+        if path.exists():
+            raise UserError(f"{path} exists already; choose another name, or move it away")
+    if plot is not None and Path(plot).suffix not in FORMATS:
+        raise one_of("figure format", Path(plot).suffix, FORMATS)
+    rules = (rule or "blockwise").split(",")
+    cuts = [int(cut) if cut.isdecimal() else cut for cut in granularity.split(",")] if granularity else [None]
+    found, notes = costs(rules, cuts, preset, settings)
+    print(cost_table(found))
+    if len(found) == 1:
+        print(f"\nby stage:\n{stage_table(found[0])}")
+    print("".join(f"\n{sentence}" for sentence in notes), end="\n" if notes else "")
+    if json is not None:
+        write_json(Path(json), [dataclasses.asdict(cost) for cost in found])
+    if plot is not None:
+        from localsim.analysis.cost_plots import cost_figure
+
+        save(cost_figure(found), plot)
+    return found
+
+
+def costs(
+    rules: Sequence[str], granularities: Sequence[int | str | None], preset: str | None, settings: Mapping[str, Any]
+) -> tuple[list[Cost], list[str]]:
+    """Return the costs of all rules at all granularities, and a sentence for everything that is left out.
+
+    Of several rules, those that are of one cut only have one cost, that of their own.
+
+    Args:
+        rules: names or files of rules, see `localsim.rules.get_rule`.
+        granularities: numbers or names of cuts; None is what the rule says.
+        preset: see `localsim.presets.resolve`.
+        settings: fields of `localsim.config.Config`, the same for all.
+
+    Raises:
+        UserError: what was asked has no meaning for a rule, or no combination exists.
+    """
+    from localsim.cost import cost
+    from localsim.presets import resolve
+    from localsim.rules import get_rule
+
+    configs, notes = [], []
+    if settings.get("compile"):
+        notes.append("compile is left out: counted is what a step keeps that is not compiled")
+    for rule in rules:
+        own = get_rule(rule).meaningless.get("granularity")
+        if own is not None and len(rules) > 1 and list(granularities) != [None]:
+            notes.append(f"{rule} has no granularity to choose: {own.partition(';')[0]}")
+        cuts = [None] if own is not None and len(rules) > 1 else granularities
+        configs += [resolve(rule, preset, {**settings, "granularity": cut}) for cut in cuts]
+    found = []
+    for config in configs:
+        try:
+            found.append(cost(config))
+        except UserError as error:
+            if len(configs) == 1:
+                raise
+            notes.append(f"{config.rule} at granularity {config.granularity} is left out: {error}")
+    if not found:
+        raise UserError(notes[-1])
+    return found, notes

@@ -1,0 +1,111 @@
+"""`localsim cost` tells what `localsim.cost` predicts, overwrites nothing, and does what its guide says."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from pathlib import Path
+
+import pytest
+from tiny import exit_code, tiny_config
+
+from localsim.cli import make_parser
+from localsim.cost import cost
+from localsim.cost_command import costs
+from localsim.errors import UserError
+
+SIDE = 16
+
+
+def test_combinations_that_do_not_exist_are_named():
+    settings = {"backbone": "resnet20", "image_size": SIDE, "projector": [8, 8], "expand_width": 8}
+    found, missing = costs(["loco", "layerwise"], [1, 2], None, settings)
+    assert [(one.rule, len(one.stages)) for one in found] == [("loco", 2), ("layerwise", 10)]
+    assert missing == [
+        "layerwise has no granularity to choose: it is one unit block per stage",
+        "loco at granularity 1 is left out: reach 2 does not fit 1 stages; allowed: 1 to 1",
+    ]
+    with pytest.raises(UserError, match="reach 2 does not fit 1 stages"):
+        costs(["loco"], [1], None, settings)
+    _, notes = costs(["loco"], [2], None, {**settings, "compile": True})
+    assert notes == ["compile is left out: counted is what a step keeps that is not compiled"]
+    with pytest.raises(UserError, match="unknown rule 'hebb'"):
+        costs(["loco", "hebb"], [2], None, settings)
+
+
+SMALL = "--backbone resnet20 --image-size 16 --batch-size 8 --precision full --set projector=[8,8] --set expand_width=8"
+
+
+def test_the_command_prints_a_table_and_what_its_columns_mean(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert exit_code(f"cost --rule blockwise {SMALL} --json cost.json") == 0
+    printed = capsys.readouterr().out
+    first, _, head, row, *rest = printed.splitlines()
+    assert first == "resnet20, 16 px, 8 images a step, 2 views, full precision"
+    predicted = cost(tiny_config(noise="all:0.25"))
+    cells = dict(zip(head.replace(" M", "_M").replace(" G", "_G").split(), row.split(), strict=True))
+    assert cells["rule"] == "blockwise" and cells["stages"] == "3"
+    assert float(cells["held_MiB"]) == pytest.approx(predicted.held_bytes / 2**20, rel=0.01)
+    assert float(cells["fwd_GFLOP"]) == pytest.approx(predicted.forward_flops / 1e9, rel=0.01)
+    assert (cells["path"], cells["lock"]) == ("4", "4")
+    explained = {line.split("  ")[0] for line in rest}
+    assert explained >= {name.replace("_", " ") for name in cells} - {"rule", "stages"}
+    assert "stem..layer1.2" in printed
+    assert json.loads((tmp_path / "cost.json").read_text()) == [
+        {name: list(value) if isinstance(value, tuple) else value for name, value in vars(predicted).items()}
+    ]
+
+
+def test_the_command_draws_and_overwrites_nothing(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    many = f"cost --rule blockwise,loco --granularity 1,3 {SMALL}"
+    assert exit_code(f"{many} --plot cost.svg") == 0
+    printed = capsys.readouterr().out
+    assert "loco at granularity 1 is left out" in printed and "by stage" not in printed
+    drawn = (tmp_path / "cost.svg").read_bytes()
+    for options, sentence in (
+        ("--plot cost.svg", "cost.svg exists already; choose another name, or move it away"),
+        ("--json cost.svg", "cost.svg exists already"),
+        ("--plot cost.jpeg", "unknown figure format '.jpeg'; allowed: .png, .svg, .pdf"),
+        ("--set batch_size=4", "batch_size is given twice: by --batch-size and by --set"),
+        ("--set speed=4", "unknown setting 'speed'"),
+    ):
+        assert exit_code(f"{many} {options}") == 2
+        caught = capsys.readouterr()
+        assert sentence in caught.err and not caught.out
+    assert [path.name for path in tmp_path.iterdir()] == ["cost.svg"]
+    assert (tmp_path / "cost.svg").read_bytes() == drawn
+
+
+def test_costs_that_differ_in_more_than_rule_and_cut_say_so(capsys):
+    assert exit_code(f"cost --rule end_to_end,greedy_supervised --granularity 3 {SMALL}") == 0
+    first, _, head, *rows = itertools.islice(capsys.readouterr().out.splitlines(), 5)
+    assert "view" not in first and "views" in head.split()
+    column = head.split().index("views")
+    assert [row.split()[column] for row in rows] == ["2", "1"]
+
+
+# -- the guide --------------------------------------------------------------------------------------------------------
+
+GUIDE = Path(__file__).resolve().parents[2] / "docs" / "cost.md"
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", GUIDE.read_text(), flags=re.S)
+
+
+def test_the_guide_shows_what_the_command_prints(capsys):
+    """Else: run the command in the guide, and put what it prints there."""
+    *others, shown = (line for block in blocks("bash") for line in block.splitlines())
+    for line in others:
+        assert make_parser().parse_args(line.split()[1:])
+    assert exit_code(shown.removeprefix("localsim ")) == 0
+    (printed,) = blocks("text")
+    assert capsys.readouterr().out == printed
+
+
+def test_the_python_of_the_guide_runs(capsys):
+    (code,) = blocks("python")
+    exec(code, {})
+    assert "gradients cross up to 10 of 17 unit blocks" in capsys.readouterr().out
