@@ -294,6 +294,7 @@ class _Step:
         """Add final gradients to `.grad` and say so."""
         for parameter, grad in zip(parameters, grads, strict=True):
             if grad is not None:
+                grad = _laid_out_as(parameter, grad)
                 parameter.grad = grad if parameter.grad is None else parameter.grad + grad
         if self.hooks.on_final and any(grad is not None for grad in grads):
             self.hooks.on_final(parameters)
@@ -323,6 +324,12 @@ def _summed(signals: Sequence[_Signal], stage: int) -> _Signal:
     for signal in signals[1:]:
         grads = [total + g * float(signal.row[stage]) for total, g in zip(grads, signal.grads, strict=True)]
     return _Signal(np.zeros(0), grads)
+
+
+def _laid_out_as(parameter: nn.Parameter, grad: Tensor) -> Tensor:
+    """Return the gradient in its parameter's memory order, which fused optimisers take for granted without a check."""
+    same = all(a == b or n == 1 for a, b, n in zip(grad.stride(), parameter.stride(), grad.shape, strict=True))
+    return grad if same else torch.empty_like(parameter, dtype=grad.dtype).copy_(grad)
 
 
 def _trainable(module: nn.Module) -> list[nn.Parameter]:

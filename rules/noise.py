@@ -80,7 +80,7 @@ class BoundaryNoise(nn.Module):
         # a 1x1 map has no deviation over its positions: scale 0, not NaN
         single = all(x.shape[d] == 1 for d in dims)
         scale = torch.zeros((), dtype=x.dtype, device=x.device) if single else x.std(dims, keepdim=True)
-        return x + self.noise.sigma * scale * torch.randn_like(x)
+        return torch.addcmul(x, scale, torch.randn_like(x), value=self.noise.sigma)
 
     def extra_repr(self) -> str:
         return str(self.noise)

@@ -379,4 +379,13 @@ def _turn_hue(images: Tensor, turn: Tensor) -> Tensor:
 def _to(values: np.ndarray, device: torch.device) -> Tensor:
     """Return an array as a tensor on the device; float64 becomes float32."""
     values = values.astype(np.float32) if values.dtype == np.float64 else values
-    return torch.from_numpy(values).to(device)
+    return put(torch.from_numpy(values), device)
+
+
+def put(values: Tensor, device: torch.device) -> Tensor:
+    """Return `values` on the device.
+
+    A GPU fetches them from pinned memory when it comes to them. From ordinary memory this process would have to wait
+    until the GPU has done all it was asked for before, the training step included.
+    """
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)

@@ -45,6 +45,7 @@ def image_shape(path: Path) -> tuple[int, int] | None:
 def decode(path: Path) -> Tensor:
     """Decode a file to `(3, H, W)` uint8 RGB; grey becomes three equal channels, 16-bit grey keeps its upper bits.
 
+    In memory the three values of a pixel lie together, as PIL has them and as torch resamples bytes fastest.
     Not for several threads at once: strictness is a switch of PIL's that holds for the whole process.
 
     Raises:
@@ -61,7 +62,7 @@ def decode(path: Path) -> Tensor:
         raise UnreadableImageError(f"{path}: {error}") from error
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = lenient
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def _rgb(image: Image.Image) -> np.ndarray:

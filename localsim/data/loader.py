@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from localsim import rng
-from localsim.data.augment import Augmentation, augment_batch, crop_image, recolour_, without_colour
+from localsim.data.augment import Augmentation, augment_batch, crop_image, put, recolour_, without_colour
 from localsim.data.datasets import ImageSet, Triple, warn_skipped
 from localsim.data.images import UnreadableImageError, decode
 from localsim.errors import UserError
@@ -141,7 +142,7 @@ class ViewLoader:
     def _from_memory(self, order: Tensor, key: tuple[rng.Part, ...]) -> Iterator[Batch]:
         pixels = cast(Tensor, self.images.images)
         for indices in _batches(order, self.batch_size):
-            source = pixels[indices].to(self.device)
+            source = put(pixels[indices], self.device)
             make = partial(augment_batch, source, indices.numpy(), self.augmentation, size=self.size, key=key)
             views = tuple(self._normalise(make(view=view)) for view in range(self.num_views))
             yield Batch(views, _labels(self.images, indices, self.device), indices)
@@ -213,7 +214,7 @@ def _plain_batches(
     everything = torch.arange(len(images))
     if images.images is not None:
         for indices in everything.split(batch_size):
-            plain = central_square(images.images[indices].to(device), size, crop)
+            plain = central_square(put(images.images[indices], device), size, crop)
             yield Batch((finished(plain),), _labels(images, indices, device), indices)
         return
     skipped: set[str] = set()
@@ -267,11 +268,21 @@ def _stream(
         prefetch_factor=max(2, ceil(batch_size / CHUNK / workers)) if workers else None,
         collate_fn=_collate,
         pin_memory=device.type == "cuda",
+        worker_init_fn=_outlive_a_signal,
         generator=rng.generator("workers"),  # else it draws their seeds from torch's default generator
     )
     loaded = iter(loader)
     for chunks in batches:
         yield _join([next(loaded) for _ in chunks], device)
+
+
+def _outlive_a_signal(_worker: int) -> None:
+    """Keep a worker alive when Ctrl-C or a scheduler's SIGTERM goes to all processes: the step may need its images.
+
+    The main process ends its workers; a second SIGTERM ends one in any case, as it does the main process.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, _frame: signal.signal(number, signal.SIG_DFL))
 
 
 def _batches(order: Tensor, batch_size: int) -> list[Tensor]:
@@ -336,7 +347,7 @@ def _normaliser(mean: Triple, std: Triple, device: torch.device) -> Callable[[Te
 
 
 def _labels(images: ImageSet, indices: Tensor, device: torch.device) -> Tensor | None:
-    return None if images.labels is None else images.labels[indices].to(device)
+    return None if images.labels is None else put(images.labels[indices], device)
 
 
 def _warn_once(failures: list[Failure], known: set[str]) -> None:

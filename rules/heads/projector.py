@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from localsim.errors import UserError
 from localsim.rules.site import Site
@@ -39,6 +40,19 @@ class Projector(nn.Sequential):
 
     def __init__(self, site: Site) -> None:
         super().__init__(*projector(site.shape[0], site.widths))
+
+    def forward_views(self, reads: Sequence[Tensor]) -> list[Tensor]:
+        """Return the embedding `(n, d)` of every view, from what was read of each, `(n, in_features)`.
+
+        They are those of calling the head view after view, running statistics included, but for rounding: batch norm
+        does see each view alone, in order. The rest works row by row and runs once on all views, so that a step reads
+        every weight, and makes its gradient, once.
+        """
+        sizes = [len(read) for read in reads]
+        x = torch.cat(list(reads))
+        for layer in self:
+            x = torch.cat([layer(view) for view in x.split(sizes)]) if isinstance(layer, nn.BatchNorm1d) else layer(x)
+        return list(x.split(sizes))
 
 
 class NoHead(nn.Identity):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from localsim.network import Embedding
 from localsim.rules.checks import check_number
-from localsim.rules.objectives.common import check_two_views, off_diagonal_squares, vectors
+from localsim.rules.objectives.common import check_two_views, column_products, vectors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,8 @@ class BarlowTwins:
 
         C = N(z1)^T N(z2) / n,    L = scale * (sum_i (C_ii - 1)^2 + lambda * sum_{i != j} C_ij^2)
 
-    where N subtracts the batch mean of every embedding dimension and divides by sqrt(variance + eps).
+    where N subtracts the batch mean of every embedding dimension and divides by sqrt(variance + eps). Where the
+    embedding is wide for its batch, the sum over i != j is formed without C; see `column_products`.
 
     Args:
         lambda_: weight of the off-diagonal (redundancy) term.
@@ -47,10 +48,10 @@ class BarlowTwins:
     def __call__(self, embeddings: tuple[Embedding, ...], labels: Tensor | None = None) -> Tensor:
         """Return the loss of embeddings `(z1, z2)`, each `(n, d)`; labels are not used."""
         check_two_views("barlow_twins", embeddings)
-        correlation = self.correlation(*vectors("barlow_twins", embeddings))
-        diagonal = correlation.diagonal()
-        off_diagonal = off_diagonal_squares(correlation)
-        return self.scale * ((diagonal - 1).square().sum() + self.lambda_ * off_diagonal)
+        z1, z2 = (self._normalised(z) for z in vectors("barlow_twins", embeddings))
+        diagonal, off_diagonal = column_products(z1, z2)
+        num = len(z1)
+        return self.scale * ((diagonal / num - 1).square().sum() + self.lambda_ / num**2 * off_diagonal)
 
     def correlation(self, z1: Tensor, z2: Tensor) -> Tensor:
         """Return the `(d, d)` cross-correlation matrix of two views."""

@@ -134,3 +134,17 @@ def test_taps_that_are_not_there_or_twice_are_refused(taps):
     net = make_net(Credit.blockwise(3))
     with pytest.raises(UserError, match="cannot act; allowed: each at most once of 0 to 2"):
         engine.backward(net, *make_views(), key=KEY, taps=taps)
+
+
+def test_gradients_have_the_memory_order_of_their_parameters():
+    """Fused optimisers go through both in that order and check nothing."""
+    net = make_net(Credit.blockwise(2))
+    net.stages[0].register_forward_pre_hook(lambda _module, args: (args[0].contiguous(),))
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    engine.backward(net, *make_views(), key=KEY)
+    wide = [p for p in net.parameters() if p.dim() == 4 and p.grad is not None]
+    assert wide and not all(p.is_contiguous() for p in wide)
+    grad = torch.randn(wide[0].shape, dtype=wide[0].dtype)
+    laid = engine._laid_out_as(wide[0], grad)
+    assert torch.equal(laid, grad) and laid.stride() == wide[0].stride() != grad.stride()
+    assert all(p.grad is not None and p.grad.stride() == p.stride() for p in wide)

@@ -11,7 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from localsim import optim
 from localsim.errors import UserError
 from localsim.optim import LARS, OPTIMIZERS, learning_rate, make_optimizer, scaled_lr
 
@@ -56,8 +59,18 @@ def advance(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], steps:
         optimizer.step()
 
 
+@pytest.fixture(params=["together", "one by one", "large"])
+def way(request, monkeypatch):
+    """The ways in which LARS steps weights: small ones in lists, at most a few entries at a time; large ones."""
+    if request.param == "one by one":
+        monkeypatch.setattr(optim, "_norms", lambda *_: None)
+    if request.param != "together":
+        monkeypatch.setattr(optim, "LARGE", 1)
+    return request.param
+
+
 @pytest.mark.parametrize(("decay", "momentum", "eta"), [(0.0, 0.9, 0.001), (0.1, 0.5, 0.02), (0.3, 0.0, 1.0)])
-def test_lars_equals_its_formula(decay, momentum, eta):
+def test_lars_equals_its_formula(decay, momentum, eta, way):
     params = parameters()
     expected = lars_in_numpy([p.detach().numpy().copy() for p in params], 5, 0.3, momentum, decay, eta)
     advance(LARS(params, lr=0.3, momentum=momentum, weight_decay=decay, eta=eta), params, range(5))
@@ -65,7 +78,96 @@ def test_lars_equals_its_formula(decay, momentum, eta):
         np.testing.assert_allclose(parameter.detach().numpy(), value, rtol=1e-12, atol=1e-15)
 
 
-def test_lars_leaves_gradients_as_they_were():
+def test_lars_takes_large_weights_on_the_cpu_without_a_copy(monkeypatch):
+    """The largest tensor that a step makes has an entry per row; small weights are stepped with copies of gradients."""
+
+    class Made(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            before = [x for x in tree_leaves(args) if isinstance(x, torch.Tensor)]
+            for made in tree_leaves(out):
+                if isinstance(made, torch.Tensor) and all(made.data_ptr() != x.data_ptr() for x in before):
+                    self.largest = max(self.largest, made.numel())
+            return out
+
+    largest = []
+    for large in (1, 2**22):
+        monkeypatch.setattr(optim, "LARGE", large)
+        weight = nn.Parameter(torch.randn(30, 40, generator=torch.Generator().manual_seed(0)))
+        weight.grad = torch.ones_like(weight)
+        optimizer = LARS([weight], lr=0.1, weight_decay=0.1)
+        optimizer.step()  # makes the momentum
+        with Made() as made:
+            optimizer.step()
+        largest.append(made.largest)
+    assert largest == [30, 1200]
+
+
+@pytest.mark.parametrize("decay", [0.5, 2.0**20])
+def test_lars_sees_what_is_left_where_decay_cancels_the_gradient(decay, monkeypatch):
+    monkeypatch.setattr(optim, "LARGE", 1)
+    random = np.random.default_rng(0)
+    w, rest = random.normal(size=(2, 6, 5))
+    g = -decay * w + 2.0**-30 * decay * rest
+    weight = nn.Parameter(torch.from_numpy(w.copy()))
+    weight.grad = torch.from_numpy(g.copy())
+    LARS([weight], lr=1.0, weight_decay=decay, eta=0.01).step()
+    change = g + decay * w
+    expected = w - change * 0.01 * np.linalg.norm(w) / np.linalg.norm(change)
+    np.testing.assert_allclose(weight.detach().numpy(), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("last", ["weight", "grad", "mu"])
+def test_lars_steps_tensors_of_different_memory_layouts(last, way):
+    shape, channels_last = (4, 3, 5, 5), torch.channels_last
+    generator = torch.Generator().manual_seed(1)
+    weight, grad, momentum = torch.randn(3, *shape, generator=generator, dtype=torch.float64)
+    results = []
+    for other in (False, True):
+        parts = {"weight": weight.clone(), "grad": grad.clone(), "mu": momentum.clone()}
+        if other:
+            parts[last] = parts[last].contiguous(memory_format=channels_last)
+        parameter = nn.Parameter(parts["weight"])
+        optimizer = LARS([parameter], lr=0.1, weight_decay=0.01)
+        optimizer.state[parameter]["mu"] = parts["mu"]
+        parameter.grad = parts["grad"]
+        optimizer.step()
+        results.append(parameter.detach())
+    torch.testing.assert_close(*results, rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("decay", [0.0, 1e-6, 1e-2])
+def test_lars_in_float32_is_as_near_to_the_formula_as_float32_allows(decay):
+    """Two weights above `LARGE` entries, and one below."""
+    generator = torch.Generator().manual_seed(2)
+    shapes = [(2100, 2000), (64, 65537), (50, 60)]
+    assert [math.prod(shape) >= optim.LARGE for shape in shapes] == [True, True, False]
+    weights = [0.02 * torch.randn(shape, generator=generator) for shape in shapes]
+    grads = [1e-3 * torch.randn(shape, generator=generator) for shape in shapes]
+    params = [nn.Parameter(weight.clone()) for weight in weights]
+    optimizer = LARS(params, lr=1.0, weight_decay=decay, eta=1.0)
+    for parameter, grad in zip(params, grads, strict=True):
+        parameter.grad = grad.clone()
+    optimizer.step()
+    for parameter, w, g in zip(params, weights, grads, strict=True):
+        change = g.double() + decay * w.double()
+        step = change * w.double().norm() / change.norm()
+        torch.testing.assert_close(parameter.detach().double(), w.double() - step, rtol=0, atol=1e-6 * step.abs().max())
+        torch.testing.assert_close(optimizer.state[parameter]["mu"].double(), step, rtol=2e-6, atol=1e-9)
+
+
+def test_the_state_of_lars_is_one_momentum_per_parameter(way):
+    params = parameters()
+    optimizer = LARS(params, lr=0.1)
+    advance(optimizer, params, range(1))
+    state = optimizer.state_dict()["state"]
+    assert {index: list(entry) for index, entry in state.items()} == {index: ["mu"] for index in range(len(SHAPES))}
+    assert all(entry["mu"].shape == SHAPES[index] for index, entry in state.items())
+
+
+def test_lars_leaves_gradients_as_they_were(way):
     params = parameters()
     optimizer = LARS(params, lr=0.1, weight_decay=0.1)
     advance(optimizer, params, range(1))
@@ -88,7 +190,7 @@ def test_state_survives_a_round_trip(name):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_stepping_one_parameter_at_a_time_equals_stepping_all(name):
+def test_stepping_one_parameter_at_a_time_equals_stepping_all(name, way):
     together, apart = parameters(), parameters()
     advance(make_optimizer(name, together, lr=0.1, weight_decay=0.01), together, range(3))
     optimizer = make_optimizer(name, apart, lr=0.1, weight_decay=0.01)

@@ -19,8 +19,10 @@ from localsim.rules.heads import HEADS, make_head
 from localsim.rules.heads.auxiliary import InfoPro, Mirrored, NextStage, mirrored_blocks
 from localsim.rules.heads.classifier import PredSim
 from localsim.rules.heads.predictor import FeedbackPredictor, Predictor
+from localsim.rules.heads.projector import Projector
 from localsim.rules.readouts import make_readout
 from localsim.rules.site import Site
+from localsim.transport import TRANSPORTS, set_transport
 
 CLASSES, WIDTHS = 5, (9, 7)
 NETS = {"resnet20": 32, "vgg11": 32, "resnet18": 32}
@@ -143,6 +145,42 @@ def test_names_options_and_kinds_are_checked():
 def test_option_values_are_checked(name, shape, options, message):
     with pytest.raises(UserError, match=message):
         make_head(name, site(shape), options)
+
+
+# -- projector --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("sizes", [(5, 5), (4, 3, 6), (4,)])
+def test_all_views_at_once_equal_view_after_view(transport, training, sizes):
+    """Embeddings, running statistics, and gradients of weights and reads, however these cross the layers."""
+    apart = head("projector", site()).train(training)
+    assert isinstance(apart, Projector)
+    set_transport(apart.named_modules(), transport, seed=1, error_width=3)
+    together = copy.deepcopy(apart)
+    found = []
+    for made, embed in ((apart, lambda xs: [apart(x) for x in xs]), (together, together.forward_views)):
+        reads = [draw(size, 6, seed=seed).requires_grad_() for seed, size in enumerate(sizes)]
+        embeddings = embed(reads)
+        upstream = [draw(*z.shape, seed=9 + i) for i, z in enumerate(embeddings)]
+        targets = [*reads, *made.parameters()]
+        grads = torch.autograd.grad(embeddings, targets, upstream, allow_unused=True)
+        found.append([*embeddings, *grads, *made.buffers()])
+    assert sum(x is not None for x in found[0]) > len(sizes) + 1
+    for ours, reference in zip(found[1], found[0], strict=True):
+        assert (ours is None) == (reference is None)
+        if ours is not None and reference is not None:
+            torch.testing.assert_close(ours, reference, rtol=1e-12, atol=1e-14)
+
+
+def test_all_views_at_once_call_a_linear_layer_once_and_a_batch_norm_view_by_view():
+    made, calls = head("projector", site()), []
+    for layer in made:
+        layer.register_forward_pre_hook(lambda layer, args: calls.append((type(layer), len(args[0]))))
+    made.forward_views([draw(4, 6), draw(3, 6)])
+    assert calls == [(nn.Linear, 7), (nn.BatchNorm1d, 4), (nn.BatchNorm1d, 3), (nn.ReLU, 7), (nn.Linear, 7)]
+    assert made[1].num_batches_tracked == 2
 
 
 # -- classifier and predsim -------------------------------------------------------------------------------------------

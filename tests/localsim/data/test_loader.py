@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +186,77 @@ def test_large_batches_are_the_same_for_any_number_of_workers(tmp_path):
     streamed = streamed_set(tmp_path, num=loader_module.CHUNK + 6)
     alone, shared = (views_of(streamed, batch_size=len(streamed), workers=workers).epoch(0) for workers in (0, 2))
     assert_same(list(alone), list(shared))
+
+
+def test_an_image_is_decoded_once_for_all_its_views(tmp_path, monkeypatch):
+    asked, decode = [], loader_module.decode
+    monkeypatch.setattr(loader_module, "decode", lambda path: asked.append(path) or decode(path))
+    streamed = streamed_set(tmp_path)
+    list(views_of(streamed, batch_size=5, num_views=3).epoch(0))
+    assert streamed.paths is not None and sorted(asked) == sorted(streamed.paths)
+
+
+needs_fork = pytest.mark.skipif(
+    multiprocessing.get_start_method() != "fork", reason="workers that are not forked do not see what a test patches"
+)
+
+
+@needs_fork
+def test_workers_decode_the_next_batch_while_one_is_in_use(tmp_path, monkeypatch):
+    decode, done = loader_module.decode, tmp_path / "done"
+    done.mkdir()
+
+    def noted(path: Path) -> torch.Tensor:
+        (done / path.name).touch()
+        return decode(path)
+
+    monkeypatch.setattr(loader_module, "decode", noted)
+    batches = views_of(streamed_set(tmp_path), batch_size=3, workers=1).epoch(0)
+    next(batches)
+    deadline = time.monotonic() + 30
+    while len(list(done.iterdir())) < 6 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(list(done.iterdir())) >= 6
+    batches.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_workers_outlive_a_signal_that_goes_to_all_processes(tmp_path, number):
+    streamed = streamed_set(tmp_path, num=40)
+    batches = views_of(streamed, batch_size=2, workers=2).epoch(0)
+    seen = [next(batches), next(batches)]  # one of either worker: both have begun
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid or 0, number)
+    seen += batches
+    assert_same(seen, list(views_of(streamed, batch_size=2).epoch(0)))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_workers_end_with_an_epoch_that_is_left(tmp_path, error):
+    def use() -> None:
+        for _ in views_of(streamed_set(tmp_path), batch_size=2, workers=2).epoch(0):
+            assert len(multiprocessing.active_children()) == 2
+            raise error
+
+    with pytest.raises(error) as caught:
+        use()
+    del caught  # a traceback keeps what its frames hold
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_views_on_a_gpu_are_asked_for_without_waiting_for_it(images):
+    """Else the training step would have to end before the next views are even asked for."""
+    expected = list(views_of(images).epoch(0))
+    loader = views_of(images, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        made = list(loader.epoch(0))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for one, other in zip(expected, made, strict=True):
+        for view, same in zip(one.views, other.views, strict=True):
+            torch.testing.assert_close(view, same.cpu(), rtol=0, atol=1e-3)
 
 
 def test_a_view_is_the_same_in_batches_of_any_size(images):
