@@ -25,8 +25,9 @@ IMPLS = ("auto", "fused", "plain")
 
 _LARGE = 2**22
 """Numbers in an expanded map from which on `auto` does not make it: about what a processor's last cache holds."""
-_SLICE = 2**21
-"""Numbers in a slice of the map: a few of them fit a processor's cache."""
+_SLICE = 3 * 2**21
+"""Numbers in a slice of the map: a few of them fit a processor's cache, and memory for one is at hand (the C library
+gives what is larger than 32 MB back to the system at once, and gets it anew page by page)."""
 _SLICE_ELSEWHERE = 2**27
 """The same on an accelerator, which needs large operations to be busy."""
 _FEWEST_CHANNELS = 128  # in a slice: convolutions to fewer run at less than half their speed
@@ -136,7 +137,7 @@ class _Fused(torch.autograd.Function):
         x, weight, gain, bias, mean, inverse_deviation = ctx.saved_tensors
         training, _, eps, padding = ctx.how
         wants = ctx.needs_input_grad
-        of_x = None
+        of_x = torch.zeros_like(x) if wants[0] else None
         of_weight, of_gain, of_bias = torch.zeros_like(weight), torch.zeros_like(gain), torch.zeros_like(bias)
         share = (grad / x[0, 0].numel())[..., None, None]
         for part in _slices(x, weight):
@@ -151,18 +152,29 @@ class _Fused(torch.autograd.Function):
                 of_z, y, gain[part], *fixed, mean[part], spread, training, eps, [True, True, True]
             )
             del y, of_z
-            more, slopes, _ = _aten.convolution_backward(
-                of_y, x, kernel, None, [1, 1], [padding] * 2, [1, 1], False, [0, 0], 1, [wants[0], wants[1], False]
-            )
-            if wants[0]:
-                of_x = more if of_x is None else of_x.add_(more)
-            if wants[1]:
-                of_weight[part] = slopes
+            for images in _groups(x):
+                more, slopes, _ = _aten.convolution_backward(
+                    of_y[images], x[images], kernel, None, [1, 1], [padding] * 2, [1, 1], False, [0, 0], 1,
+                    [wants[0], wants[1], False],
+                )  # fmt: skip
+                if of_x is not None:
+                    of_x[images] += more
+                if wants[1]:
+                    of_weight[part] += slopes
         return of_x, of_weight, of_gain, of_bias, None, None, None
 
 
 def _slices(x: Tensor, weight: Tensor) -> Iterator[slice]:
     """Yield slices of the output channels, each of which makes a map of a size that is dealt with fast."""
-    numbers = _SLICE if x.device.type in ("cpu", "meta") else _SLICE_ELSEWHERE
-    width = max(_FEWEST_CHANNELS, numbers // x[:, 0].numel() // 16 * 16)
+    width = max(_FEWEST_CHANNELS, _at_once(x) // x[:, 0].numel() // 16 * 16)
     return (slice(start, start + width) for start in range(0, len(weight), width))
+
+
+def _groups(x: Tensor) -> Iterator[slice]:
+    """Yield slices of the images, for what has the size of the map that is read."""
+    images = max(1, _at_once(x) // x[0].numel())
+    return (slice(start, start + images) for start in range(0, len(x), images))
+
+
+def _at_once(x: Tensor) -> int:
+    return _SLICE if x.device.type == "cpu" else _SLICE_ELSEWHERE

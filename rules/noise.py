@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from localsim.errors import UserError
 
@@ -77,13 +80,55 @@ class BoundaryNoise(nn.Module):
         dims = _SCALES[self.noise.kind]
         if dims is None or not self.training:
             return x
-        # a 1x1 map has no deviation over its positions: scale 0, not NaN
-        single = all(x.shape[d] == 1 for d in dims)
-        scale = torch.zeros((), dtype=x.dtype, device=x.device) if single else x.std(dims, keepdim=True)
-        return torch.addcmul(x, scale, torch.randn_like(x), value=self.noise.sigma)
+        noisy = _Noisy.apply(x, _normal_like(x), dims, self.noise.sigma)
+        assert isinstance(noisy, Tensor)
+        return noisy
 
     def extra_repr(self) -> str:
         return str(self.noise)
+
+
+class _Noisy(torch.autograd.Function):
+    """x + sigma * std(x) * n, with the gradient through the deviation too.
+
+    With std over N elements of mean m, and g the gradient that arrives,
+
+        dL/dx = g + sigma * (x - m) / ((N - 1) std) * sum(g n)
+
+    Autograd's own way computes the same in twice as many passes over the map.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, n: Tensor, dims: tuple[int, ...], sigma: float) -> Tensor:
+        number = math.prod(x.shape[d] for d in dims)
+        # in float32, or float64, for a sum of so many; a 1x1 map has no deviation over its positions: 0, not NaN
+        wide = x if x.dtype == torch.float64 else x.float()
+        # not std_mean, which is several times slower on maps with channels last
+        std = wide.std(dims, correction=min(1, number - 1), keepdim=True)
+        mean = wide.mean(dims, keepdim=True)
+        ctx.save_for_backward(x, n, std, mean)
+        ctx.dims, ctx.sigma, ctx.number = dims, sigma, number
+        return torch.addcmul(x, std.to(x.dtype), n, value=sigma)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        x, n, std, mean = ctx.saved_tensors
+        heard = (grad * n).sum(ctx.dims, keepdim=True, dtype=std.dtype)
+        slope = torch.where(std > 0, ctx.sigma * heard / (max(1, ctx.number - 1) * std), 0)
+        return torch.addcmul(grad, x - mean.to(x.dtype), slope.to(x.dtype)), None, None, None
+
+
+def _normal_like(x: Tensor) -> Tensor:
+    """Return standard normal numbers in the layout of a map, drawn in the order of its memory.
+
+    On the CPU torch draws ten times faster into memory that lies in the order of its shape, and float32 faster than
+    bfloat16.
+    """
+    layout = torch.empty_like(x)
+    dtype = x.dtype if x.dtype == torch.float64 else torch.float32
+    flat = torch.randn(x.numel(), dtype=dtype, device=x.device).to(x.dtype)
+    return flat.as_strided(layout.shape, layout.stride())
 
 
 def make_boundary(noise: Noise) -> nn.Module:
