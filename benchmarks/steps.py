@@ -132,6 +132,8 @@ def in_localsim(rule: str, job: Job, **settings: Any) -> Opened:
         },
     )
     net = build_network(config).to(device=job.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if config.compile:
+        net.compile_stages()
     given, apply = job.views(config.views), job.apply(net)
     hooks = engine.Hooks(on_final=lambda _parameters: apply())
     draws = key(0, "step", 0)

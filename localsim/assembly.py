@@ -53,14 +53,19 @@ def build(
     """
     if credit is not None:
         settings["credit"] = credit.to_config() if isinstance(credit, Credit) else credit
-    return build_network(resolve(rule, preset, settings))
+    config = resolve(rule, preset, settings)
+    net = build_network(config)
+    if config.compile:
+        net.compile_stages()
+    return net
 
 
 def build_network(config: Config, trunk: tuple[Backbone, Stages] | None = None) -> LocalNetwork:
     """Return the untrained network of a configuration.
 
     The trunk's initialisation depends on backbone and seed only, so that all rules of one seed start from the same
-    weights; every tap's head has draws of its own.
+    weights; every tap's head has draws of its own. Stages are not compiled here, whatever the configuration: see
+    `LocalNetwork.compile_stages`.
 
     Args:
         config: the configuration.

@@ -73,7 +73,7 @@ class Config:
     probe_protocol: str  # logistic, paper (Siddiqui et al. 2023), or none
     probe_images: int | None  # training images that the probes see; None: all
     log_every: int = 10  # steps between lines of metrics
-    # how it is computed: exact but for rounding
+    # how it is computed: the same but for rounding, and what rounding does to a run
     readout_impl: str = "auto"  # of `expand`: auto, fused (its map is never made) or plain
     recompute: str = "none"  # none, or units: keep only what enters each unit block, and run it again in the backward
     compile: bool = False  # run every stage through torch.compile

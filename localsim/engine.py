@@ -173,7 +173,8 @@ class _Step:
         )
         leaves = [x.detach().requires_grad_(goes_below) for x in inputs]
         outputs, reads = [], []
-        # one autocast for all views, which then share the casts of the weights
+        # one autocast for all views, which then share the casts of the weights (and, as everywhere under autocast where
+        # weights are shared, the views' gradients are added in the lower precision)
         with torch.set_grad_enabled(self.last_use[stage] >= 0), self.autocast():
             for view, leaf in enumerate(leaves):
                 with keyed(self.key, "stage", stage, view, device=self.net.device), direct_reads() as read:

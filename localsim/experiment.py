@@ -115,8 +115,7 @@ def prepare(config: Config) -> Prepared:
         net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     check_precision(config, net, backbone)
     if config.compile:
-        for stage in net.stages:
-            stage.compile_units()
+        net.compile_stages()
     data = open_data(config)
     loader = open_loader(config, data, device)
     first_views = loader

@@ -52,6 +52,15 @@ class ModuleListOf(nn.ModuleList, Generic[M]):
         def __getitem__(self, idx: int) -> M: ...  # type: ignore[override]
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether anything listens to the calls of a module itself."""
+    return any(
+        hooks
+        for name in ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+        if (hooks := getattr(module, name))
+    )
+
+
 class Stage(nn.Module):
     """Consecutive unit blocks between two cuts, followed by what happens at the boundary (noise, or nothing).
 
@@ -78,12 +87,20 @@ class Stage(nn.Module):
         return names[0] if len(names) == 1 else f"{names[0]}..{names[-1]}"
 
     def compile_units(self) -> None:
-        """Run the unit blocks through `torch.compile` from now on; what happens at the boundary keeps its draws."""
+        """Train the unit blocks through `torch.compile` from now on; without gradients, or in a copy, they run as ever.
+
+        What happens at the boundary is not compiled: it keeps its draws.
+        """
         self._compiled = torch.compile(self._run_units, dynamic=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # what is compiled is bound to this very stage, and a copy has weights of its own
+        return {**super().__getstate__(), "_compiled": None}
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the stage's output map for the map (or images) `x`."""
-        return self.boundary((self._compiled or self._run_units)(x))
+        compiled = self._compiled if torch.is_grad_enabled() else None
+        return self.boundary((compiled or self._run_units)(x))
 
     def _run_units(self, x: Tensor) -> Tensor:
         for unit in self.units:
@@ -132,15 +149,31 @@ class Tap(nn.Module):
         """Return the embedding of every view, each read with random draws of its own: `draws(view)`.
 
         A head with `forward_views` maps what was read of all views at once, so that its weights are read, and their
-        gradients made, once. It must give each view what calling it view after view gives, and draw nothing.
+        gradients made, once. It must give each view what calling it view after view gives, and draw nothing. Where
+        hooks listen to the tap or its head, it is called view after view.
         """
-        together = getattr(self.head, "forward_views", None)
-        part = self.readout if together is not None and self.context is None else self
+        if self.context is None and self._takes_views():
+            reads = []
+            for view, h in enumerate(maps):
+                with draws(view):
+                    reads.append(self.readout(h))
+            return list(cast(Any, self.head).forward_views(reads))
         made = []
         for view, (h, context) in enumerate(zip(maps, contexts, strict=True)):
             with draws(view):
-                made.append(part(h) if context is None else part(h, context))
-        return made if part is self else list(together(made))
+                made.append(self(h, context))
+        return made
+
+    def _takes_views(self) -> bool:
+        """Return whether the head's `forward_views` stands for its `forward`, which a subclass or hook may change."""
+        owners = {
+            name: next((kind for kind in type(self.head).__mro__ if name in vars(kind)), None)
+            for name in ("forward", "forward_views")
+        }
+        views, alone = owners["forward_views"], owners["forward"]
+        if views is None or alone is None or not issubclass(views, alone):
+            return False
+        return not (has_hooks(self) or has_hooks(self.head))
 
     def embed(self, outputs: Mapping[int, Tensor]) -> Embedding:
         """Return the embedding of what the stages gave: outputs by the stage's index, the images as `IMAGES`."""
@@ -198,6 +231,15 @@ class LocalNetwork(nn.Module):
     def units_per_stage(self) -> list[int]:
         """How many unit blocks each stage spans."""
         return [len(stage.units) for stage in self.stages]
+
+    def compile_stages(self) -> None:
+        """Train every stage through `torch.compile` from now on, see `Stage.compile_units`."""
+        from torch._dynamo import config  # slow to import
+
+        # all stages share one code object, of which torch compiles so many variants and runs the others uncompiled
+        config.cache_size_limit = max(config.cache_size_limit, 4 * len(self.stages))
+        for stage in self.stages:
+            stage.compile_units()
 
     @property
     def device(self) -> torch.device:

@@ -16,7 +16,8 @@ from localsim.errors import UserError, one_of
 
 OPTIMIZERS = ("lars", "sgd", "adamw")
 LARGE = 2**22
-"""Entries that LARS makes a copy of at a time: 16 MB of float32. On the CPU no weight with as many is copied."""
+"""Entries that LARS makes a copy of at a time: 16 MB of float32. On the CPU larger weights are stepped uncopied where
+their layout and norms allow it, see `_norms`."""
 
 
 class LARS(torch.optim.Optimizer):

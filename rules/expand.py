@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from localsim.errors import one_of
+from localsim.network import has_hooks
 
 _aten = torch.ops.aten
 
@@ -30,7 +31,7 @@ _SLICE = 3 * 2**21
 gives what is larger than 32 MB back to the system at once, and gets it anew page by page)."""
 _SLICE_ELSEWHERE = 2**27
 """The same on an accelerator, which needs large operations to be busy."""
-_FEWEST_CHANNELS = 128  # in a slice: convolutions to fewer run at less than half their speed
+_FEWEST_CHANNELS = 128  # in a slice: narrower convolutions leave the vector units idle
 
 
 class Expand(nn.Module):
@@ -45,8 +46,9 @@ class Expand(nn.Module):
         width: channels to which it expands.
         kernel_size: 1 or 3.
         impl: `plain` runs the layers one after the other; `fused` makes a slice of channels at a time and saves nothing
-            but the map it reads; `auto` is fused for maps that are large when expanded. Both give the same numbers but
-            for rounding. Where hooks listen to the layers inside, they are run plainly.
+            but the map it reads, with channels last; `auto` is fused for maps that are large when expanded. Both give
+            the same numbers but for rounding. Where hooks listen to the layers inside, or another normalisation stands
+            in for batch norm, they are run plainly.
 
     Raises:
         UserError: unknown `impl`.
@@ -68,27 +70,26 @@ class Expand(nn.Module):
         """Return `(batch, width)` for a map `(batch, channels, height, width)`."""
         if self._is_plain(x):
             return F.relu(self.bn(self.conv(x))).mean((2, 3))
-        if torch.is_autocast_enabled(x.device.type):
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        bn = self.bn
-        if bn.training and bn.num_batches_tracked is not None:
+        bn, momentum = self.bn, self.bn.momentum
+        if bn.training:
+            assert bn.num_batches_tracked is not None
             bn.num_batches_tracked.add_(1)
-        pooled = _Fused.apply(
-            x,
-            self.conv.weight,
-            bn.weight,
-            bn.bias,
-            bn.running_mean,
-            bn.running_var,
-            (bn.training, bn.momentum, bn.eps, self.conv.kernel_size[0] // 2),
-        )
+            if momentum is None:  # the mean over all batches so far
+                momentum = 1 / int(bn.num_batches_tracked)
+        how = (bn.training, momentum or 0.0, bn.eps, self.conv.kernel_size[0] // 2)
+        pooled = _Fused.apply(x, self.conv.weight, bn.weight, bn.bias, bn.running_mean, bn.running_var, how)
         assert isinstance(pooled, Tensor)
         return pooled
 
     def _is_plain(self, x: Tensor) -> bool:
-        if self.impl == "plain" or any(m._forward_hooks or m._forward_pre_hooks for m in (self.conv, self.bn)):
+        if self.impl == "plain" or has_hooks(self.conv) or has_hooks(self.bn):
             return True
-        return self.impl == "auto" and x[:, 0].numel() * self.out_features < _LARGE
+        # what the slices do not do: other normalisations that were put in its place, and maps that torch refuses
+        usual = type(self.bn) is nn.BatchNorm2d and self.bn.affine and self.bn.track_running_stats
+        numbers = x[:, 0].numel()
+        return not usual or numbers < 2 or (self.impl == "auto" and numbers * self.out_features < _LARGE)
 
     def extra_repr(self) -> str:
         return f"impl={self.impl}"
@@ -113,7 +114,7 @@ class _Fused(torch.autograd.Function):
         how: tuple[bool, float, float, int],
     ) -> Tensor:
         training, momentum, eps, padding = how
-        # several times faster on processors, for the convolutions and the normalisation
+        # the layout in which oneDNN's convolutions and torch's batch norm are fastest on processors
         x = x.contiguous(memory_format=torch.channels_last)
         pooled, means, deviations = [], [], []
         for part in _slices(x, weight):

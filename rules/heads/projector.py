@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from localsim.errors import UserError
 from localsim.rules.site import Site
@@ -51,8 +53,11 @@ class Projector(nn.Sequential):
         sizes = [len(read) for read in reads]
         x = torch.cat(list(reads))
         for layer in self:
-            x = torch.cat([layer(view) for view in x.split(sizes)]) if isinstance(layer, nn.BatchNorm1d) else layer(x)
-        return list(x.split(sizes))
+            alone = isinstance(layer, _NormBase)
+            x = torch.cat([layer(view) for view in x.split(sizes)]) if alone else layer(x)
+        starts = accumulate(sizes, initial=0)
+        # not split, whose results may not be changed in place
+        return [x.narrow(0, start, size) for start, size in zip(starts, sizes, strict=False)]
 
 
 class NoHead(nn.Identity):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_engine import KEY, credits, engine_gradients, make_net, make_views
 
-from localsim import engine
+from localsim import build, engine
 from localsim.credit import Credit
 from localsim.errors import UserError
 from localsim.network import IMAGES, LocalNetwork
@@ -148,3 +148,24 @@ def test_gradients_have_the_memory_order_of_their_parameters():
     laid = engine._laid_out_as(wide[0], grad)
     assert torch.equal(laid, grad) and laid.stride() == wide[0].stride() != grad.stride()
     assert all(p.grad is not None and p.grad.stride() == p.stride() for p in wide)
+
+
+@pytest.mark.parametrize("listened_to", ["nothing", "tap", "head", "subclass"])
+def test_heads_map_all_views_at_once_unless_somebody_listens(listened_to):
+    """A hook, or a subclass with a forward of its own, would be passed by."""
+    net = build("blockwise", preset="quick", backbone="resnet20", granularity=1, projector=[6, 5], expand_width=8)
+    tap, calls = net.taps[0], []
+    if listened_to == "subclass":
+        tap.head.__class__ = type("Own", (type(tap.head),), {"forward": lambda self, x: calls.append(1) or self[0](x)})
+    elif listened_to != "nothing":
+        heard = tap if listened_to == "tap" else tap.head
+        heard.register_forward_hook(lambda *_call: calls.append(1))
+
+    def centred(embeddings, _labels):
+        for z in embeddings:
+            z -= z.mean(0)  # objectives may work in place
+        return sum(z.square().sum() for z in embeddings)
+
+    tap.objective = centred
+    engine.backward(net.train(), *torch.randn(3, 4, 3, 32, 32), key=KEY)
+    assert len(calls) == (0 if listened_to == "nothing" else 3)

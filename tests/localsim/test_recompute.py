@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import shutil
 
 import pytest
 import torch
+from tiny import TINY
 
+import localsim
 from localsim import build, engine
 from localsim.errors import UserError
 from localsim.memory import HeldBytes
@@ -51,8 +55,7 @@ def test_feedback_weights_carry_the_same_signals_when_units_are_run_again():
 def test_compiled_stages_learn_the_same():
     net = build("loco", **{**SMALL, "granularity": 2, "backbone": "vgg11_bn"}).double()
     plain = build("loco", **{**SMALL, "granularity": 2, "backbone": "vgg11_bn"}).double()
-    for stage in net.stages:
-        stage.compile_units()
+    net.compile_stages()
     doubled = views().double()
     for one in (plain, net):
         engine.backward(one.train(), *doubled, key=5)
@@ -60,6 +63,49 @@ def test_compiled_stages_learn_the_same():
         assert a.grad is not None and b.grad is not None
         torch.testing.assert_close(b.grad, a.grad, rtol=1e-8, atol=1e-10, msg=name)
     assert all(torch.allclose(a, b, rtol=1e-9) for a, b in zip(plain.buffers(), net.buffers(), strict=True))
+
+
+def test_a_copy_of_a_compiled_stage_computes_with_its_own_weights():
+    net = build("blockwise", **SMALL)
+    x = views()[0]
+    for stage in net.stages:
+        stage._compiled = lambda x: pytest.fail("compiled for the original")
+    twin = copy.deepcopy(net).train()
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.mul_(1.5)
+    with pytest.raises(pytest.fail.Exception, match="compiled for the original"):
+        net(x)
+    with torch.no_grad():
+        assert not torch.equal(twin(x), net(x))  # without gradients nothing is compiled
+    twin(x)
+
+
+@pytest.mark.slow  # half a minute of tracing
+@pytest.mark.filterwarnings("ignore")
+def test_every_stage_is_compiled_however_many_there_are(monkeypatch):
+    """They share one code object, of which torch compiles eight variants unless it is told otherwise."""
+    traced = []
+
+    def backend(graph, _inputs):
+        traced.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    net = build("layerwise", preset="quick", backbone="resnet50", projector=[8], expand_width=8, compile=True)
+    engine.backward(net.train(), *views(), key=1)
+    assert len(traced) >= len(net.stages) == 17
+
+
+@pytest.mark.parametrize("changed", [{"recompute": "units"}, {"readout_impl": "fused"}])
+def test_a_resumed_run_is_an_uninterrupted_one(changed, tmp_path):
+    settings = {**TINY, **changed, "max_steps": None}
+    whole = localsim.run("blockwise", out=tmp_path / "whole", quiet=True, probe_protocol="none", **settings)
+    localsim.run("blockwise", out=tmp_path / "parts", quiet=True, probe_protocol="none", **{**settings, "max_steps": 4})
+    parts = localsim.run(out=tmp_path / "parts", resume=True, quiet=True)
+    ours, theirs = (run.network().state_dict() for run in (whole, parts))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert [row["loss"] for row in whole.metrics()] == [row["loss"] for row in parts.metrics()]
 
 
 @pytest.mark.parametrize(

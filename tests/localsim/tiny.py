@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from localsim import runs
 from localsim.cli import main
@@ -56,6 +58,17 @@ def tiny_config(rule: str = "blockwise", **settings: Any) -> Config:
 
 def tiny_loader(config: Config) -> ViewLoader:
     return prepare(config).loader
+
+
+class LargestMade(TorchDispatchMode):
+    """A context that notes how many entries the largest tensor has that an operation inside it returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.numel = max([self.numel, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))])
+        return out
 
 
 def images(num: int = 2, size: int = 32) -> torch.Tensor:

@@ -11,7 +11,7 @@ from torch import nn
 
 from localsim.errors import UserError
 from localsim.rng import keyed
-from localsim.rules.noise import NOISES, BoundaryNoise, Noise, make_boundary
+from localsim.rules.noise import NOISES, BoundaryNoise, Noise, _normal_like, make_boundary
 
 # axes of (batch, channel, height, width) over which the deviation is taken, as the docstring has them
 AXES = {"all": (0, 1, 2, 3), "hw": (2, 3), "channel": (0, 2, 3), "c_released": (2,)}
@@ -69,6 +69,31 @@ def test_the_gradient_flows_through_the_deviation(kind):
     cut = x + 0.25 * x.detach().std(AXES[kind], keepdim=True) * draw
     (without,) = torch.autograd.grad(cut.square().sum(), x)
     assert (whole - without).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("layout", ["contiguous", "channels last", "part of a map", "expanded"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_layouts_and_precisions(kind, layout, dtype):
+    """Values and gradients are those of the formula in float64, with the noise that was drawn."""
+    x = maps(3, 4, 6, 5).to(dtype)
+    if layout == "channels last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    elif layout == "part of a map":
+        x = x[:, 1:, ::2]
+    elif layout == "expanded":
+        x = x[:, :1].expand(-1, 4, -1, -1)
+    with keyed("noise test"):
+        draw = _normal_like(x)
+    assert draw.dtype == dtype and draw.unique().numel() > 0.6 * draw.numel() and abs(draw.double().std() - 1) < 0.2
+    x, g = x.detach().requires_grad_(), maps(*x.shape, seed=2).to(dtype)
+    made = [noisy(kind, x), *torch.autograd.grad(noisy(kind, x), x, g)]
+    wide = x.detach().double().requires_grad_()
+    exact = wide + 0.25 * wide.std(AXES[kind], keepdim=True) * draw.double()
+    expected = [exact, *torch.autograd.grad(exact, wide, g.double())]
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.02}[dtype]
+    for a, b in zip(made, expected, strict=True):
+        assert a.dtype == dtype and (a.double() - b).norm() <= tolerance * b.norm()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,8 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from tiny import LargestMade
 
 from localsim.errors import UserError
 from localsim.rules.objectives import OBJECTIVES, make_objective
@@ -110,18 +109,9 @@ def test_first_and_second_derivatives_are_those_of_finite_differences(shape):
 def test_a_wide_embedding_never_makes_a_square_matrix(name):
     """Nor does its gradient; a narrow one does, which shows that the test would see it."""
 
-    class Largest(TorchDispatchMode):
-        numel = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            made = [x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
-            self.numel = max(self.numel, *made, 0)
-            return out
-
     def largest(num: int, dim: int) -> int:
         views = tuple(torch.tensor(z, requires_grad=True) for z in embeddings(0, num, dim))
-        with Largest() as seen:
+        with LargestMade() as seen:
             torch.autograd.grad(make_objective(name)(views), views)
         return seen.numel
 
