@@ -5,7 +5,7 @@
     OMP_NUM_THREADS=1 python benchmarks/heads.py           # where other programs run on the machine
 
 Both do one step of a head of three layers: forward pass of two views, loss, gradients of all weights and of what the
-head read, LARS. *before* calls the head view by view, forms the cross-correlation and a copy of its squares, and LARS
+head read, LARS. *plain* calls the head view by view, forms the cross-correlation and a copy of its squares, and LARS
 copies every gradient. They take turns in one process, on the same weights; medians are printed, shares are of a line's
 own time. Peak is what is allocated at once beyond weights and momentum: gradients, activations, temporary tensors.
 Difference is the largest one of the first step's gradients, relative to the largest entry of each.
@@ -14,8 +14,6 @@ Difference is the largest one of the first step's gradients, relative to the lar
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +23,7 @@ from itertools import pairwise, product
 
 import torch
 from torch import Tensor, nn
-from tracked import peak_bytes
+from tracked import machine, peak_bytes, wait
 
 from localsim.engine import PRECISIONS, autocast
 from localsim.optim import LARS
@@ -63,7 +61,7 @@ def make_head(width: int, device: str) -> Projector:
         return Projector(site).to(device)
 
 
-def before(head: Projector, optimizer: LARS, precision: str, device: str) -> Formulation:
+def plain(head: Projector, optimizer: LARS, precision: str, device: str) -> Formulation:
     """Return the plain formulation: every part as its equation is written."""
     context, objective = autocast(precision, device), BarlowTwins()
 
@@ -98,7 +96,7 @@ def plain_lars(optimizer: LARS) -> None:
         weight.add_(momentum, alpha=-group["lr"])
 
 
-def now(head: Projector, optimizer: LARS, precision: str, device: str) -> Formulation:
+def localsim(head: Projector, optimizer: LARS, precision: str, device: str) -> Formulation:
     """Return what localsim does."""
     context, objective = autocast(precision, device), BarlowTwins()
 
@@ -111,29 +109,29 @@ def now(head: Projector, optimizer: LARS, precision: str, device: str) -> Formul
 
 def one_step(head: Projector, reads: list[Tensor], by: Formulation) -> dict[str, float]:
     """Do one step and return the seconds of each of `PARTS`; gradients stay in `.grad`."""
-    times = [clock()]
+    device = reads[0].device
+    times = [clock(device)]
     leaves = [read.detach().requires_grad_() for read in reads]
     embeddings = by.embed(leaves)
-    times.append(clock())
+    times.append(clock(device))
     cut = [z.detach().requires_grad_() for z in embeddings]
     grads = torch.autograd.grad(by.loss(cut), cut)
-    times.append(clock())
+    times.append(clock(device))
     parameters = list(head.parameters())
     found = torch.autograd.grad(embeddings, [*parameters, *leaves], grads)
     for parameter, grad in zip(parameters, found, strict=False):
         parameter.grad = grad
     del embeddings, grads, cut, found
-    times.append(clock())
+    times.append(clock(device))
     by.step()
-    times.append(clock())
+    times.append(clock(device))
     forward, loss, backward, step = (end - start for start, end in pairwise(times))
     return {"head": forward + backward, "loss": loss, "LARS": step}
 
 
-def clock() -> float:
-    """Return the time at which everything asked for so far is done."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def clock(device: torch.device) -> float:
+    """Return the time at which the device has done everything asked for so far."""
+    wait(device)
     return time.perf_counter()
 
 
@@ -143,7 +141,7 @@ def lines(width: int, batch: int, chosen: argparse.Namespace) -> Iterator[str]:
     optimizer = LARS(head.parameters(), lr=0.0, weight_decay=1e-6)  # no lr: both meet the same weights at every step
     generator = torch.Generator().manual_seed(0)
     reads = list(torch.randn(2, batch, READ, generator=generator).relu().to(chosen.device))
-    formulations = {make.__name__: make(head, optimizer, chosen.precision, chosen.device) for make in (before, now)}
+    formulations = {make.__name__: make(head, optimizer, chosen.precision, chosen.device) for make in (plain, localsim)}
 
     def cleared() -> None:
         for parameter in head.parameters():
@@ -154,10 +152,10 @@ def lines(width: int, batch: int, chosen: argparse.Namespace) -> Iterator[str]:
         cleared()
         return seconds
 
-    one_step(head, reads, formulations["now"])
+    one_step(head, reads, formulations["localsim"])
     theirs = [parameter.grad for parameter in head.parameters()]
     cleared()
-    one_step(head, reads, formulations["before"])
+    one_step(head, reads, formulations["plain"])
     difference = 0.0
     for parameter, grad in zip(head.parameters(), theirs, strict=True):
         assert grad is not None and parameter.grad is not None
@@ -175,19 +173,9 @@ def lines(width: int, batch: int, chosen: argparse.Namespace) -> Iterator[str]:
     for name in formulations:
         parts = " | ".join(f"{1e3 * part:.1f} ({part / sum(medians[name]):.0%})" for part in medians[name])
         yield (
-            f"| {width} | {batch} | {name} | {1e3 * whole[name]:.1f} | {whole[name] / whole['before']:.2f} | {parts} "
-            f"| {peaks[name] / 1e6:.1f} | {peaks[name] / peaks['before']:.2f} | {difference:.0e} |"
+            f"| {width} | {batch} | {name} | {1e3 * whole[name]:.1f} | {whole[name] / whole['plain']:.2f} | {parts} "
+            f"| {peaks[name] / 1e6:.1f} | {peaks[name] / peaks['plain']:.2f} | {difference:.0e} |"
         )
-
-
-def machine(chosen: argparse.Namespace) -> str:
-    """Return a sentence about the machine."""
-    name = f", {torch.cuda.get_device_name()}" if chosen.device == "cuda" else ""
-    return (
-        f"{os.cpu_count()} cores ({platform.machine()}){name}, {torch.get_num_threads()} thread(s), load "
-        f"{os.getloadavg()[0]:.1f} at the start, torch {torch.__version__}, precision {chosen.precision}, medians of "
-        f"{chosen.repeats}."
-    )
 
 
 def main(given: list[str] | None = None) -> None:
@@ -198,8 +186,9 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=5)
     chosen = parser.parse_args(given)
-    print(machine(chosen), end="\n\n", flush=True)
-    print("| width | batch | by | ms | of before | head ms | loss ms | LARS ms | peak MB | of before | difference |")
+    about = machine(torch.device(chosen.device))
+    print(f"Precision {chosen.precision}, medians of {chosen.repeats}. {about}\n", flush=True)
+    print("| width | batch | by | ms | of plain | head ms | loss ms | LARS ms | peak MB | of plain | difference |")
     print("|---" * 11 + "|", flush=True)
     for width, batch in product(chosen.widths, chosen.batches):
         for line in lines(width, batch, chosen):

@@ -10,9 +10,7 @@ What the rows and columns mean, and how to read them: benchmarks/README.md.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import os
-import platform
 import random
 import resource
 import statistics
@@ -32,9 +30,10 @@ from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
+from tracked import machine, wait
 
 from localsim.data import AUGMENTATIONS, ImageSet, ViewLoader
-from localsim.data.augment import Augmentation
+from localsim.data.augment import Augmentation, recolour_
 from localsim.data.images import decode, find_images
 from localsim.rng import key
 
@@ -178,9 +177,9 @@ def decoding(setting: Setting, work: Callable[[Path], int]) -> Batches:
     return through_workers(replace(setting, device="cpu"), setting.paths, work)
 
 
-def localsim_pipeline(setting: Setting, augmentation: Augmentation) -> Batches:
+def view_loader(setting: Setting, augmentation: Augmentation) -> ViewLoader:
     images = ImageSet(setting.pixels, None if setting.pixels is not None else setting.paths, None)
-    loader = ViewLoader(
+    return ViewLoader(
         images,
         augmentation,
         size=setting.size,
@@ -191,13 +190,25 @@ def localsim_pipeline(setting: Setting, augmentation: Augmentation) -> Batches:
         workers=setting.workers,
         device=setting.device,
     )
-    return (len(batch.views[0]) for batch in loader.all_views(0))
+
+
+def localsim_pipeline(setting: Setting, augmentation: Augmentation) -> Batches:
+    return (len(batch.views[0]) for batch in view_loader(setting, augmentation).all_views(0))
 
 
 def localsim_host(setting: Setting, augmentation: Augmentation) -> Batches:
-    """What is left to the CPU where a GPU augments: decoding and crops. The device `meta` computes nothing."""
+    """What is left to the CPU where a GPU augments: decoding, crops, and asking for the augmentation.
+
+    Crops go to the device `meta`, which computes nothing. Augmentation is drawn and asked for in full, but of stand-ins
+    of 2 x 2 pixels on the CPU: on `meta` a call takes torch many times longer than on any real device.
+    """
     crops = replace(augmentation, jitter=0.0, gray=0.0, blur=(0.0,), solarize=(0.0,))
-    return localsim_pipeline(replace(setting, device="meta"), crops)
+    loader = view_loader(replace(setting, device="meta"), crops)
+    for batch in loader.all_views(0):
+        num = len(batch.indices)
+        for view in range(loader.num_views):
+            recolour_(torch.rand(num, 3, 2, 2), batch.indices.numpy(), augmentation, view=view, key=(0, "augment", 0))
+        yield num
 
 
 BARLOW, SMALL = AUGMENTATIONS["barlow_twins"], AUGMENTATIONS["small"]
@@ -239,19 +250,14 @@ def measured(task: str, contestant: str, folder: Path, chosen: argparse.Namespac
         pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (num, 3, 32, 32), dtype=np.uint8))
         setting = Setting((), pixels, 32, chosen.batch_size, **common)
         warm = replace(setting, pixels=pixels[: chosen.batch_size])
+    device = torch.device(chosen.device)
     sum(work(warm))
-    wait(chosen.device)
+    wait(device)
     busy, start = processor_seconds(), time.perf_counter()
     num = sum(work(setting))
-    wait(chosen.device)
+    wait(device)
     seconds = time.perf_counter() - start
     return Outcome(num / seconds, 1e3 * (processor_seconds() - busy) / num)
-
-
-def wait(device: str) -> None:
-    """Wait until the device has done what it was asked for."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def processor_seconds() -> float:
@@ -281,16 +287,6 @@ def lines(task: str, folder: Path, chosen: argparse.Namespace) -> Iterator[str]:
         yield f"| {task} | {name} | {rate:,.0f} | {busy:.2f} | {1e3 / busy:,.0f} | {less:.1f} |"
 
 
-def machine(chosen: argparse.Namespace) -> str:
-    """Return a sentence about the machine and the versions that are measured."""
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "torchvision", "pillow"))
-    return (
-        f"{os.cpu_count()} cores ({platform.machine()}), {chosen.workers} worker(s), {torch.get_num_threads()} "
-        f"thread(s), device {chosen.device}, batch {chosen.batch_size}, load {os.getloadavg()[0]:.1f} at the start; "
-        f"Python {platform.python_version()}, {versions}."
-    )
-
-
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=256, help="JPEG files to make")
@@ -310,7 +306,8 @@ def main(given: list[str] | None = None) -> None:
     chosen = arguments(given)
     with tempfile.TemporaryDirectory(prefix="localsim-benchmark-") as made:
         folder = chosen.folder or Path(made)
-        print(machine(chosen), flush=True)
+        about = machine(torch.device(chosen.device), ("torch", "torchvision", "pillow"))
+        print(f"{chosen.workers} worker(s), device {chosen.device}, batch {chosen.batch_size}. {about}", flush=True)
         if "jpeg" in chosen.only:
             if chosen.folder is None:
                 make_jpegs(folder, chosen.images)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
+import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -77,8 +80,19 @@ def seconds(work: Callable[[], object], device: torch.device, times: int = 1) ->
 
 
 def wait(device: torch.device) -> None:
+    """Wait until the device has done what it was asked for."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def machine(device: torch.device, packages: Sequence[str] = ("torch",)) -> str:
+    """Return a sentence about the machine, its load and the versions that are measured."""
+    name = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
+    versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in packages)
+    return (
+        f"{os.cpu_count()} cores ({platform.machine()}){name}, {torch.get_num_threads()} thread(s), load "
+        f"{os.getloadavg()[0]:.1f} at the start; Python {platform.python_version()}, {versions}."
+    )
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,11 @@ from torch.utils.module_tracker import ModuleTracker
 from localsim import engine
 from localsim.assembly import build_network
 from localsim.config import Config
-from localsim.cost_table import cost_table as cost_table
 from localsim.credit import Credit
 from localsim.errors import UserError
 from localsim.memory import HeldBytes
 from localsim.network import IMAGES, Embedding, LocalNetwork, tensors_of
+from localsim.rules.expand import whole_maps
 from localsim.schedule import acting_together
 
 
@@ -99,22 +99,24 @@ def cost(config: Config) -> Cost:
     less. With transport feedback_alignment the network itself is built, for its weights decide the feedback.
 
     Raises:
-        UserError: the network cannot be built (see `localsim.assembly.build_network`), or a rule's head or objective
-            asks for the values of tensors, which there are none of.
+        UserError: the network cannot be built (see `localsim.assembly.build_network`), or something in the step asks
+            for the values of tensors, which there are none of. Any other error is raised as it is.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode  # slow to import
 
     real = config.transport == "feedback_alignment"
     with nullcontext() if real else torch.device("meta"):
         net = build_network(config)
+    if config.channels_last:  # as `localsim.experiment.prepare` does: some operations keep a copy in another layout
+        net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     phases = acting_together(config, len(net.taps)) or [()]
     try:
-        with FakeTensorMode():
+        with FakeTensorMode(), whole_maps():
             net = _without_memory(net).train()
             measured = [_measure(net, config, taps) for taps in phases]
-    except UserError:
-        raise
-    except Exception as error:  # whatever a user's head or objective may raise
+    except Exception as error:
+        if not _is_for_want_of_values(error):
+            raise
         first_line = (str(error).strip() or "no message").splitlines()[0]
         raise UserError(
             f"the cost of rule {config.rule} cannot be predicted, for its step does not run on tensors without values "
@@ -155,7 +157,30 @@ def _without_memory(net: LocalNetwork) -> LocalNetwork:
 
 def _like(tensor: Tensor) -> Tensor:
     # on the CPU and not on the meta device, where autocast has no meaning
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+
+
+# what torch says where the error has no class of its own
+_REFUSALS = (
+    ".numpy() is not supported",
+    "FakeTensor.__format__",  # f"{x:.2f}"
+    "to FakeTensors first",  # a tensor that was made before the step
+    "fake impl",  # an operation of one's own that does not say what shape it gives
+    "'Meta' backend",  # the same of torch's
+)
+
+
+def _is_for_want_of_values(error: Exception) -> bool:
+    """Return whether torch refused an operation on fake tensors that it may well carry out on real ones."""
+    from torch._subclasses import fake_tensor
+
+    classes = (
+        fake_tensor.DataDependentOutputException,
+        fake_tensor.DynamicOutputShapeException,
+        fake_tensor.UnsupportedFakeTensorException,
+        fake_tensor.UnsupportedOperatorException,
+    )
+    return isinstance(error, classes) or any(words in str(error) for words in _REFUSALS)
 
 
 @dataclass
@@ -189,7 +214,10 @@ class _Watch:
 
 def _measure(net: LocalNetwork, config: Config, taps: Sequence[int]) -> dict[str, Any]:
     """Run a step in which some taps act, on fake tensors; return the fields of `Cost` that it decides."""
-    images = torch.empty(config.batch_size, 3, config.image_size, config.image_size)
+    images = torch.empty(
+        (config.batch_size, 3, config.image_size, config.image_size),
+        memory_format=torch.channels_last if config.channels_last else torch.contiguous_format,
+    )
     labels = torch.zeros(config.batch_size, dtype=torch.long)
     watch = _Watch(net)
     hooks = engine.Hooks(on_stage=watch.on_stage, on_tap=watch.on_tap, on_final=watch.on_final)

@@ -37,7 +37,7 @@ def add_cost_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-size", metavar="PX", type=int, help="side of the images")
     parser.add_argument("--batch-size", metavar="N", type=int, help="images in a batch")
     parser.add_argument("--precision", metavar="NAME", help="full or bf16")
-    parser.add_argument("--set", metavar="NAME=VALUE", action="append", default=[],
+    parser.add_argument("--set", metavar="NAME=VALUE", action="append", default=[], type=_setting,
                         help="any other setting of `localsim run`; may be repeated")  # fmt: skip
     parser.add_argument(
         "--plot", metavar="FILE", help="draw held bytes, arithmetic and gradient path: .png, .svg, .pdf"
@@ -46,9 +46,19 @@ def add_cost_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
+def _setting(pair: str) -> str:
+    """Return NAME=VALUE, unless it names a file of the command: beside settings, `report_costs` could not tell."""
+    name = pair.partition("=")[0]
+    if name in ("plot", "json"):
+        from localsim.config import Config
+
+        raise argparse.ArgumentTypeError(str(one_of("setting", name, Config.names())))
+    return pair
+
+
 def report_costs(
     rule: str | None = None,
-    granularity: str | None = None,
+    granularity: str | int | None = None,
     *,
     preset: str | None = None,
     plot: str | Path | None = None,
@@ -59,7 +69,7 @@ def report_costs(
 
     Args:
         rule: names or files of rules, with commas; `blockwise` if not given.
-        granularity: numbers of stages or names of cuts, with commas; by default what each rule says.
+        granularity: a number of stages or the name of a cut, or several with commas; by default what each rule says.
         preset: see `localsim.presets.resolve`.
         plot: a figure to write, .png, .svg or .pdf.
         json: a file to write, with everything that `localsim.cost.Cost` holds.
@@ -79,8 +89,12 @@ def report_costs(
             raise UserError(f"{path} exists already; choose another name, or move it away")
     if plot is not None and Path(plot).suffix not in FORMATS:
         raise one_of("figure format", Path(plot).suffix, FORMATS)
-    rules = (rule or "blockwise").split(",")
-    cuts = [int(cut) if cut.isdecimal() else cut for cut in granularity.split(",")] if granularity else [None]
+    if not isinstance(granularity, str | int | None):
+        raise UserError(f"granularity is {granularity!r}; allowed: a number or name of a cut, or several: 1,4,block")
+    # as text whatever they are: --set gives numbers as numbers
+    rules = ["blockwise"] if rule is None else str(rule).split(",")
+    words = [None] if granularity is None else str(granularity).split(",")
+    cuts = [int(word) if word is not None and word.isdecimal() else word for word in words]
     found, notes = costs(rules, cuts, preset, settings)
     print(cost_table(found))
     if len(found) == 1:

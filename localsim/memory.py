@@ -38,7 +38,8 @@ class HeldBytes:
         self._hooks.__exit__(kind, error, trace)
 
     def _pack(self, tensor: Tensor) -> _Held:
-        return _Held(tensor, self)
+        # detached: an operation's own output would keep the graph that keeps it alive
+        return _Held(tensor.detach(), self)
 
     def _add(self, tensor: Tensor, step: int) -> None:
         identity = _identity(tensor)
@@ -64,8 +65,7 @@ class _Held:
     __slots__ = ("ledger", "tensor")
 
     def __init__(self, tensor: Tensor, ledger: HeldBytes) -> None:
-        # detached: an operation's own output would keep the graph that keeps it alive
-        self.tensor = tensor.detach()
+        self.tensor = tensor
         self.ledger = ledger
         ledger._add(tensor, 1)
 

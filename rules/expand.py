@@ -10,6 +10,8 @@ plainly.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -32,6 +34,9 @@ gives what is larger than 32 MB back to the system at once, and gets it anew pag
 _SLICE_ELSEWHERE = 2**27
 """The same on an accelerator, which needs large operations to be busy."""
 _FEWEST_CHANNELS = 128  # in a slice: narrower convolutions leave the vector units idle
+
+
+_whole: ContextVar[bool] = ContextVar("whole_maps", default=False)
 
 
 class Expand(nn.Module):
@@ -178,4 +183,16 @@ def _groups(x: Tensor) -> Iterator[slice]:
 
 
 def _at_once(x: Tensor) -> int:
+    if _whole.get():
+        return x.numel() * 2**31
     return _SLICE if x.device.type == "cpu" else _SLICE_ELSEWHERE
+
+
+@contextmanager
+def whole_maps() -> Iterator[None]:
+    """Make no slices inside the block: for tensors without memory, of which the same is counted in less time."""
+    before = _whole.set(True)
+    try:
+        yield
+    finally:
+        _whole.reset(before)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
+from multiprocessing.util import Finalize
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -260,6 +263,9 @@ def _stream(
     The workers deliver the batches in chunks, which are joined here, the views on `device`.
     """
     batches = [indices.split(CHUNK) for indices in _batches(order, batch_size)]
+    ended = multiprocessing.RawValue("b", False)
+    # called at the latest when this process ends, before multiprocessing sends workers one SIGTERM and waits for them
+    end = Finalize(None, setattr, (ended, "value", True), exitpriority=0)
     loader = DataLoader(
         _Files(cast(tuple, images.paths), transform),
         batch_sampler=[chunk.tolist() for chunks in batches for chunk in chunks],
@@ -268,21 +274,38 @@ def _stream(
         prefetch_factor=max(2, ceil(batch_size / CHUNK / workers)) if workers else None,
         collate_fn=_collate,
         pin_memory=device.type == "cuda",
-        worker_init_fn=_outlive_a_signal,
+        worker_init_fn=partial(_outlive_a_signal, ended=ended),
         generator=rng.generator("workers"),  # else it draws their seeds from torch's default generator
     )
     loaded = iter(loader)
-    for chunks in batches:
-        yield _join([next(loaded) for _ in chunks], device)
+    try:
+        for chunks in batches:
+            yield _join([next(loaded) for _ in chunks], device)
+    finally:
+        end()
 
 
-def _outlive_a_signal(_worker: int) -> None:
+def _outlive_a_signal(_worker: int, ended: Any) -> None:
     """Keep a worker alive when Ctrl-C or a scheduler's SIGTERM goes to all processes: the step may need its images.
 
-    The main process ends its workers; a second SIGTERM ends one in any case, as it does the main process.
+    Once `ended.value` is true the main process wants no more of them, and SIGTERM ends the worker. A second SIGTERM
+    does so in any case, as it does the main process.
     """
+    told = False
+
+    def on_sigterm(number: int, _frame: object) -> None:
+        nonlocal told
+        if ended.value:
+            os._exit(0)  # without an error, which torch would raise in the main process
+        if told:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        told = True
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, _frame: signal.signal(number, signal.SIG_DFL))
+    signal.signal(signal.SIGTERM, on_sigterm)
+    if ended.value:  # the SIGTERM may have come before its handler
+        os._exit(0)
 
 
 def _batches(order: Tensor, batch_size: int) -> list[Tensor]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from importlib import import_module
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,16 +16,7 @@ from localsim.errors import UserError
 from localsim.network import LocalNetwork, Stage
 from localsim.patches import Patches
 
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-@pytest.fixture(scope="module")
-def benchmark():
-    sys.path.insert(0, str(FOLDER))  # also that of the processes it starts
-    yield import_module("brain")
-    sys.path.remove(str(FOLDER))
-    for name in ("brain", "similarity"):
-        sys.modules.pop(name, None)
+SCRIPT = "brain"
 
 
 def job(benchmark, metric="pls"):

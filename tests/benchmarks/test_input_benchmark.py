@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -14,16 +12,8 @@ from PIL import Image
 from localsim.data import AUGMENTATIONS
 from localsim.data.images import decode
 
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+SCRIPT = "input"
 SMALL = ["--images", "6", "--passes", "2", "--size", "32", "--small-images", "6", "--batch-size", "4"]
-
-
-@pytest.fixture(scope="module")
-def benchmark():
-    sys.path.insert(0, str(FOLDER))  # also that of the processes it starts
-    yield import_module("input")
-    sys.path.remove(str(FOLDER))
-    del sys.modules["input"]
 
 
 @pytest.fixture
@@ -60,19 +50,24 @@ def test_every_contestant_goes_through_all_images(benchmark, file, task):
         assert list(work(setting)) == [4, 2], name
 
 
-def test_host_row_computes_nothing_on_the_device(benchmark, file, monkeypatch):
-    devices = []
-    monkeypatch.setattr(benchmark, "ViewLoader", lambda *_args, **options: _Recording(devices, options["device"]))
-    list(benchmark.localsim_host(benchmark.Setting((file,), None, 16, 2, 0, "cuda"), AUGMENTATIONS["small"]))
-    assert devices == ["meta"]
+def test_host_row_asks_for_all_of_the_augmentation_but_of_stand_ins(benchmark, file, monkeypatch):
+    """The views themselves are on a device that computes nothing."""
+    made, asked = [], []
+    own, recolour_ = benchmark.view_loader, benchmark.recolour_
 
+    def noted(crops, indices, augmentation, **options):
+        asked.append((tuple(crops.shape), crops.device.type, indices.tolist(), augmentation, options["view"]))
+        return recolour_(crops, indices, augmentation, **options)
 
-class _Recording:
-    def __init__(self, devices: list[str], device: str) -> None:
-        devices.append(device)
-
-    def all_views(self, _epoch: int) -> list:
-        return []
+    monkeypatch.setattr(benchmark, "view_loader", lambda *given: made.append(own(*given)) or made[-1])
+    monkeypatch.setattr(benchmark, "recolour_", noted)
+    barlow = AUGMENTATIONS["barlow_twins"]
+    setting = benchmark.Setting((file,) * 3, None, 16, 2, workers=0, device="cuda")
+    assert list(benchmark.localsim_host(setting, barlow)) == [2, 1]
+    assert made[0].device.type == "meta" and made[0].augmentation.crop_scale == barlow.crop_scale
+    assert asked == [
+        ((len(indices), 3, 2, 2), "cpu", indices, barlow, view) for indices in ([0, 1], [2]) for view in (0, 1)
+    ]
 
 
 def test_script_prints_a_table_and_leaves_nothing(benchmark, monkeypatch, capsys, tmp_path):

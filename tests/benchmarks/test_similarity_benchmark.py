@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import OrderedDict
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from torch import nn
 
 from localsim.analysis.similarity.measure import Numerics, column_chunks
 
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+SCRIPT = "similarity"
 SMALL = ["--images", "40", "--image-size", "32", "--wide", "300", "--wide-images", "40"]
 # of scores: torch_cka works in float32 on features that are not centred, scikit-learn chooses penalties otherwise
 AGREE = {
@@ -28,14 +27,6 @@ AGREE = {
     "rsa_wide": 1e-4,
 }
 SHAPES = {"cka_minibatch_units": (16, 16), "cka_wide": (1, 1), "rsa_wide": (1, 1)}
-
-
-@pytest.fixture(scope="module")
-def benchmark():
-    sys.path.insert(0, str(FOLDER))  # also that of the processes it starts
-    yield import_module("similarity")
-    sys.path.remove(str(FOLDER))
-    del sys.modules["similarity"]
 
 
 def tiny(name):
@@ -73,7 +64,7 @@ def test_contestants_agree(benchmark, monkeypatch, tmp_path, task):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
-def test_peak_is_that_since_the_reset():
+def test_peak_is_that_since_the_reset(benchmark):
     """In a fresh process, as the benchmark has it: a long one may hand out memory that it never gave back."""
     code = """
 import numpy as np, similarity
@@ -82,7 +73,9 @@ before = similarity.resident_peak(reset=True)
 np.ones(2**23)
 print(similarity.resident_peak() - before)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=FOLDER, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(benchmark.__file__).parent, capture_output=True, text=True, check=True
+    )
     assert 0.9 * 2**26 < int(done.stdout) < 1.5 * 2**26
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 from functools import partial
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,20 +14,9 @@ from localsim.assembly import build_network
 from localsim.presets import resolve
 from localsim.rng import keyed
 
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+SCRIPT = "steps"
 TINY = ["--backbone", "resnet18", "--batch", "4", "--size", "32", "--projector", "8", "--expand", "8", "--repeats", "1"]
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def benchmark():
-    sys.path.insert(0, str(FOLDER))
-    threads = torch.get_num_threads()
-    yield import_module("steps")
-    torch.set_num_threads(threads)
-    sys.path.remove(str(FOLDER))
-    for name in ("steps", "tracked", "reference_blockwise"):
-        sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="module")

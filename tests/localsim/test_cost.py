@@ -17,11 +17,13 @@ from localsim.assembly import build_network
 from localsim.cost import cost, signals_down
 from localsim.credit import Credit
 from localsim.errors import UserError
+from localsim.experiment import prepare
 from localsim.memory import HeldBytes
 from localsim.presets import resolve
 from localsim.rules import own_rules
 from localsim.rules.objectives.barlow_twins import BarlowTwins
 from localsim.schedule import acting_together
+from localsim.train import rehearse
 
 # ResNet-20 on images of 16 px: stem, and three blocks each of 16, 32 and 64 channels on maps of 16, 8 and 4 pixels
 SIDE = 16
@@ -35,10 +37,12 @@ def views_of(config):
 
 def really_held(config) -> int:
     """Return the bytes that a real step holds, the largest of the phases' in a sequential schedule."""
-    net = build_network(config).train()
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    net = build_network(config).to(memory_format=layout).train()
     peaks = []
     for taps in acting_together(config, len(net.taps)):
         images, labels = views_of(config)
+        images = [view.contiguous(memory_format=layout) for view in images]
         with HeldBytes(net.parameters()) as held:
             engine.backward(net, *images, labels=labels, precision=config.precision, taps=taps)
         peaks.append(held.peak)
@@ -77,6 +81,8 @@ def test_held_bytes_in_bf16(rule):
         {"recompute": "units"},
         {"readout": "expand", "readout_impl": "fused"},
         {"channels_last": True},
+        {"channels_last": True, "readout": "expand", "readout_impl": "fused", "noise": "none"},
+        {"channels_last": True, "transport": "feedback_alignment"},
         {"objective": "simclr", "readout": "local2x2", "noise": "hw:0.1"},
     ],
     ids=str,
@@ -84,6 +90,18 @@ def test_held_bytes_in_bf16(rule):
 def test_settings_of_a_run_are_in_its_prediction(settings):
     config = tiny_config("loco", **settings)
     assert cost(config).held_bytes == really_held(config)
+
+
+def test_the_layout_in_memory_decides_what_is_held_as_in_a_run():
+    """The fused readout keeps a copy of a map that has not its layout; `prepare` and `rehearse` are what a run does."""
+    predicted = {}
+    for last in (True, False):
+        config = tiny_config(readout="expand", readout_impl="fused", noise="none", channels_last=last)
+        run = prepare(config)
+        predicted[last] = cost(config).held_bytes
+        assert predicted[last] == rehearse(run.net, next(iter(run.loader.epoch(0))), config).held_bytes
+    # the peak is while the lowest tap fires, which reads the largest map
+    assert predicted[False] - predicted[True] == LOWER
 
 
 GAPS = {"num_stages": 3, "taps": [0, 1, 2], "matrix": [[1, 0, 0], [0.5, 0, 0], [0, 2, 1]]}
@@ -340,8 +358,41 @@ def test_the_published_configuration_needs_neither_memory_nor_data():
     )
 
 
-def test_a_loss_that_asks_for_values_is_one_sentence(monkeypatch):
-    monkeypatch.setattr(BarlowTwins, "__call__", lambda self, embeddings, labels: embeddings[0].sum() * float(
-        embeddings[0].sum().item()))  # fmt: skip
-    with pytest.raises(UserError, match=r"the cost of rule blockwise cannot be predicted.*`localsim run` measures it"):
+MADE_BEFORE = torch.ones(())
+
+
+@torch.library.custom_op("localsim_test::of_unknown_shape", mutates_args=())
+def of_unknown_shape(z: torch.Tensor) -> torch.Tensor:
+    return z.clone()
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda z: float(z.sum()),
+        lambda z: z[z > 0],
+        lambda z: z.detach().numpy(),
+        lambda z: f"{z.detach().sum():.2f}",
+        lambda z: z + MADE_BEFORE,
+        of_unknown_shape,
+    ],
+    ids=["item", "mask", "numpy", "format", "made before", "unknown shape"],
+)
+def test_a_step_that_asks_for_values_is_one_sentence(ask, monkeypatch):
+    """It says what does not run, and not whose fault it is."""
+    monkeypatch.setattr(BarlowTwins, "__call__", lambda self, embeddings, labels: ask(embeddings[0]) and None)
+    with pytest.raises(
+        UserError, match=r"^the cost of rule blockwise cannot be predicted, .*; `localsim run` measures"
+    ):
         cost(tiny_config())
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes do not fit"), AttributeError("no bug"), AssertionError()])
+def test_an_error_that_has_another_cause_is_itself(error, monkeypatch):
+    def failing(self, embeddings, labels):
+        raise error
+
+    monkeypatch.setattr(BarlowTwins, "__call__", failing)
+    with pytest.raises(type(error)) as caught:
+        cost(tiny_config())
+    assert caught.value is error

@@ -74,8 +74,35 @@ def test_the_command_draws_and_overwrites_nothing(capsys, tmp_path, monkeypatch)
         assert exit_code(f"{many} {options}") == 2
         caught = capsys.readouterr()
         assert sentence in caught.err and not caught.out
+        assert caught.err.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["cost.svg"]
     assert (tmp_path / "cost.svg").read_bytes() == drawn
+
+
+def test_settings_of_any_type_are_taken_or_refused_in_a_sentence(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    printed = []
+    for options in ("--granularity 2 --rule loco", "--set granularity=2 --set rule=loco --set preset=quick"):
+        assert exit_code(f"cost {SMALL} {options}") == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] and "layer3.2" in printed[0]
+    for setting, sentence in (
+        ("granularity=0", "granularity 0 is no number of stages of resnet20"),
+        ("granularity=2.5", "granularity is 2.5; allowed: "),
+        ("granularity=[1,2]", "granularity is [1, 2]; allowed: "),
+        ("granularity=true", "granularity 'True' is no number of stages"),
+        ("rule=3", "unknown rule '3'; allowed: "),
+        ("rule=0", "unknown rule '0'; allowed: "),
+        ("preset=3", "preset is 3; allowed: text"),
+        ("json=1", "unknown setting 'json'; allowed: rule, preset, granularity, "),
+        ("plot=1", "unknown setting 'plot'; allowed: rule, preset, granularity, "),
+        ("plot=cost.svg", "unknown setting 'plot'"),
+        ("debug=1", "unknown setting 'debug'"),
+    ):
+        assert exit_code(f"cost {SMALL} --set {setting}") == 2
+        caught = capsys.readouterr()
+        assert sentence in caught.err and caught.err.count("\n") == 1 and not caught.out
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_costs_that_differ_in_more_than_rule_and_cut_say_so(capsys):

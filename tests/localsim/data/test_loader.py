@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -229,6 +231,57 @@ def test_workers_outlive_a_signal_that_goes_to_all_processes(tmp_path, number):
         os.kill(worker.pid or 0, number)
     seen += batches
     assert_same(seen, list(views_of(streamed, batch_size=2).epoch(0)))
+
+
+SCRIPT = """
+import multiprocessing, os, signal, sys
+from pathlib import Path
+
+from localsim.data import AUGMENTATIONS, ImageSet, ViewLoader
+
+def begin():
+    global batches  # open until the process ends
+    images = ImageSet(None, tuple(sorted(Path(sys.argv[1]).iterdir())), None)
+    batches = ViewLoader(
+        images, AUGMENTATIONS["none"], size=8, batch_size=2, seed=0, mean=(0,) * 3, std=(1,) * 3, workers=2
+    ).epoch(0)
+    next(batches), next(batches)  # one of either worker: both have begun
+
+def child():
+    begin()
+    print("child ends", flush=True)
+
+if __name__ == "__main__":
+"""
+ENDINGS = {
+    "its end": "begin()",
+    "a signal to all before": (
+        "begin(); [os.kill(one.pid, signal.SIGTERM) for one in multiprocessing.active_children()]; next(batches)"
+    ),
+    "workers that were spawned": "multiprocessing.set_start_method('spawn'); begin()",
+    "a process of its own": "one = multiprocessing.Process(target=child); one.start(); one.join()",
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_process_ends_though_an_epoch_is_open(tmp_path, ending):
+    folder, script = tmp_path / "images", tmp_path / "script.py"
+    folder.mkdir()
+    streamed_set(folder, num=40)
+    script.write_text(f"{SCRIPT}    {ENDINGS[ending]}\n    print('end')\n")
+    with subprocess.Popen(
+        [sys.executable, script, folder],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    assert (process.returncode, out.splitlines()[-1], err) == (0, "end", "")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
