@@ -131,13 +131,18 @@ def costs(
 
     configs, notes = [], []
     if settings.get("compile"):
-        notes.append("compile is left out: counted is what a step keeps that is not compiled")
+        notes.append("these are the numbers without compile, whose kernels choose what they keep")
     for rule in rules:
         own = get_rule(rule).meaningless.get("granularity")
         if own is not None and len(rules) > 1 and list(granularities) != [None]:
             notes.append(f"{rule} has no granularity to choose: {own.partition(';')[0]}")
         cuts = [None] if own is not None and len(rules) > 1 else granularities
-        configs += [resolve(rule, preset, {**settings, "granularity": cut}) for cut in cuts]
+        try:
+            configs += [resolve(rule, preset, {**settings, "granularity": cut}) for cut in cuts]
+        except UserError as error:
+            if len(rules) == 1:
+                raise
+            notes.append(f"{rule} is left out: {error}")
     found = []
     for config in configs:
         try:

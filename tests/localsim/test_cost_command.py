@@ -12,7 +12,7 @@ from tiny import exit_code, tiny_config
 
 from localsim.cli import make_parser
 from localsim.cost import cost
-from localsim.cost_command import costs
+from localsim.cost_command import costs, report_costs
 from localsim.errors import UserError
 
 SIDE = 16
@@ -29,7 +29,7 @@ def test_combinations_that_do_not_exist_are_named():
     with pytest.raises(UserError, match="reach 2 does not fit 1 stages"):
         costs(["loco"], [1], None, settings)
     _, notes = costs(["loco"], [2], None, {**settings, "compile": True})
-    assert notes == ["compile is left out: counted is what a step keeps that is not compiled"]
+    assert notes == ["these are the numbers without compile, whose kernels choose what they keep"]
     with pytest.raises(UserError, match="unknown rule 'hebb'"):
         costs(["loco", "hebb"], [2], None, settings)
 
@@ -136,3 +136,11 @@ def test_the_python_of_the_guide_runs(capsys):
     (code,) = blocks("python")
     exec(code, {})
     assert "gradients cross up to 10 of 17 unit blocks" in capsys.readouterr().out
+
+
+def test_a_setting_that_has_no_meaning_for_one_of_the_rules_leaves_that_one_out(capsys):
+    found = report_costs("blockwise,end_to_end", 2, preset="quick", backbone="resnet20", readout_impl="plain")
+    assert [cost.rule for cost in found] == ["blockwise"]
+    assert "end_to_end is left out: readout_impl plain has no meaning for readout global" in capsys.readouterr().out
+    with pytest.raises(UserError, match="is no number of stages"):
+        report_costs("blockwise", "x", preset="quick", backbone="resnet20")
