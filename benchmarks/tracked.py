@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+
+from localsim.arithmetic import Arithmetic
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
@@ -48,25 +48,9 @@ def flops(work: Callable[[], object]) -> int:
 
     A multiplication and an addition are two. What torch.compile has fused is not seen.
     """
-    with _Arithmetic() as seen:
+    with Arithmetic() as seen:
         work()
-    return seen.total
-
-
-class _Arithmetic(TorchDispatchMode):
-    # not torch's FlopCounterMode: its tracker of modules forbids `autograd.grad` with respect to leaves
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            self.total += formula(*args, **kwargs, out_val=out)
-        return out
+    return seen.forward + seen.backward
 
 
 def seconds(work: Callable[[], object], device: torch.device, times: int = 1) -> float:

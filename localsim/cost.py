@@ -16,11 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
-from torch.utils.module_tracker import ModuleTracker
 
 from localsim import engine
+from localsim.arithmetic import Arithmetic
 from localsim.assembly import build_network
 from localsim.config import Config
 from localsim.credit import Credit
@@ -222,7 +220,7 @@ def _measure(net: LocalNetwork, config: Config, taps: Sequence[int]) -> dict[str
     watch = _Watch(net)
     hooks = engine.Hooks(on_stage=watch.on_stage, on_tap=watch.on_tap, on_final=watch.on_final)
     chosen = None if len(taps) == len(net.taps) else taps
-    with _Arithmetic() as flops, HeldBytes(net.parameters()) as held:
+    with Arithmetic() as flops, HeldBytes(net.parameters()) as held:
         views = [images.clone() for _ in range(config.views)]
         engine.backward(
             net, *views, labels=labels, key=config.seed, precision=config.precision, hooks=hooks, taps=chosen
@@ -249,26 +247,6 @@ def _measure(net: LocalNetwork, config: Config, taps: Sequence[int]) -> dict[str
         ),
         "gradient_bytes": watch.gradient_bytes,
     }
-
-
-class _Arithmetic(TorchDispatchMode):
-    """Counts the FLOPs of every operation by torch's own formulas, apart for forward and backward passes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.forward = self.backward = 0
-        self._tracker = ModuleTracker()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if (formula := flop_registry.get(func._overloadpacket)) is not None:
-            number = formula(*args, **kwargs, out_val=out)
-            if self._tracker.is_bw:
-                self.backward += number
-            else:
-                self.forward += number
-        return out
 
 
 def _largest(values: Sequence[Any]) -> Any:

@@ -11,6 +11,14 @@ from localsim.analysis.brain.loading import load_recordings
 from localsim.errors import UserError
 
 
+def work_in(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make an empty folder the current one; the runs of `folder` are in `runs/`, its recordings in `my/`."""
+    for name in ("runs", "my"):
+        (tmp_path / name).symlink_to(folder / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 def pixels(n=5, size=6, seed=0) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (n, 3, size, size), dtype=np.uint8))
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from recording_folders import work_in
 from tiny import train_in
 from torch import nn
 
@@ -55,11 +56,8 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def here(folder, monkeypatch, tmp_path):
-    for name in ("runs", "my"):
-        (tmp_path / name).symlink_to(folder / name)
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(figures, "brain_figures", lambda _: {})
-    return tmp_path
+    return work_in(tmp_path, folder, monkeypatch)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from recording_folders import work_in
 from tiny import exit_code, train_in
 
 from localsim.analysis.brain import figures
@@ -49,11 +50,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def here(folder, monkeypatch, tmp_path):
-    """Return an empty folder to work in; the runs are in `runs/`, the recordings in `my/`."""
-    for name in ("runs", "my"):
-        (tmp_path / name).symlink_to(folder / name)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    return work_in(tmp_path, folder, monkeypatch)
 
 
 @pytest.fixture
