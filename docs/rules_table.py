@@ -1,9 +1,14 @@
-"""Writes docs/rules.md from the rules themselves: `python docs/rules_table.py > docs/rules.md`."""
+"""Writes docs/rules.md from the rules themselves: `python docs/rules_table.py > docs/rules.md`.
+
+With `--short` it prints the table of the README instead.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
+import sys
 
 from localsim.assembly import build_credit, build_trunk
 from localsim.config import Config
@@ -100,6 +105,26 @@ def document() -> str:
     return "\n".join([HEAD, *table, "", words, "", *summaries, "", AXES, *objectives(), "", *heads(), ""])
 
 
+def short_table() -> str:
+    """Return the table of the README: a line per rule."""
+    rows = ["| rule | who may change what | each loss | paper |", "|---" * 4 + "|"]
+    for rule in own_rules():
+        config = resolve(rule.name, "imagenet")
+        loss = f"`{config.objective}`" if rule.credit(4).num_taps else "-"
+        rows.append(f"| `{rule.name}` | {rule.summary} | {loss} | {cited(rule.paper)} |")
+    return "\n".join(rows) + "\n"
+
+
+def cited(paper: str) -> str:
+    """Return the authors of a paper in short, linked where it has an arXiv number."""
+    if paper.startswith("a control"):
+        return "control"
+    first = paper.split(",")[0]
+    authors = first if " & " in first or first.endswith(" et al.") else f"{first} et al."
+    number = re.search(r"arXiv (\d+\.\d+)", paper)
+    return f"[{authors}](https://arxiv.org/abs/{number[1]})" if number else authors
+
+
 AXES = """\
 ## What can be combined
 
@@ -152,4 +177,4 @@ def first_line(kind: type) -> str:
 
 
 if __name__ == "__main__":
-    print(document(), end="")
+    print(short_table() if "--short" in sys.argv else document(), end="")

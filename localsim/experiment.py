@@ -33,7 +33,7 @@ from localsim.rules.choices import merged
 from localsim.runs import Run
 from localsim.schedule import Schedule
 from localsim.sources import scaled_views
-from localsim.train import rehearse, train
+from localsim.train import OnMetrics, rehearse, train
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,6 +49,7 @@ def run(
     resume: bool = False,
     credit: Credit | Mapping[str, Any] | None = None,
     quiet: bool = False,
+    on_metrics: OnMetrics | None = None,
     **settings: Any,
 ) -> Run:
     """Train a network under a rule, probe every stage against the untrained network, and keep it all in a folder.
@@ -62,6 +63,9 @@ def run(
             again must agree with it.
         credit: a matrix of your own in place of the rule's, as a `Credit` or as `Credit.to_config()`.
         quiet: print and show nothing.
+        on_metrics: a function that is called with every row of `metrics.jsonl`, a dictionary, right after it was
+            written: for a plot that grows or for another tracker of experiments. What it raises ends the run, which
+            can be resumed.
         settings: any field of `localsim.config.Config`, e.g. `granularity=4, epochs=10, batch_size=128`.
 
     Returns:
@@ -87,7 +91,7 @@ def run(
     with runs.writing(opened.path):
         if not resume:
             runs.start_run(opened.path, opened.config)
-        _carry_out(opened, prepared, say, progress=not quiet)
+        _carry_out(opened, prepared, say, progress=not quiet, on_metrics=on_metrics)
     return opened
 
 
@@ -167,7 +171,7 @@ def check_labels(config: Config, net: LocalNetwork, data: Data, batch: Batch) ->
         )
 
 
-def _carry_out(opened: Run, prepared: Prepared, say: Say, *, progress: bool) -> None:
+def _carry_out(opened: Run, prepared: Prepared, say: Say, *, progress: bool, on_metrics: OnMetrics | None) -> None:
     path, config = opened.path, opened.config
     data, net, loader = prepared.data, prepared.net, prepared.loader
     began = time.monotonic()
@@ -180,7 +184,7 @@ def _carry_out(opened: Run, prepared: Prepared, say: Say, *, progress: bool) -> 
         total = Schedule.of(config, loader.steps_per_epoch, len(net.taps)).total_steps
         if before := runs.checkpoint_step(path):
             say(f"continued after step {before} of {total}\n")
-        step = train(net, loader, config, path, num_classes=len(data.classes), progress=progress)
+        step = train(net, loader, config, path, num_classes=len(data.classes), progress=progress, on_metrics=on_metrics)
         if rows := runs.read_metrics(path):
             plots.save(plots.loss_curves(rows), path / "figures" / "loss.png")
         say(f"trained {step} steps in {(time.monotonic() - began) / 60:.1f} min; {peak_memory(net.device)}\n")

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,19 @@ from localsim.rng import key
 from localsim.schedule import Schedule, acting_together
 from localsim.sources import batches, check_cache, forget_caches, open_source, set_modes
 
+OnMetrics = Callable[[Mapping[str, Any]], None]
+"""A function that is shown every row of metrics, see `localsim.run`."""
+
 
 def train(
-    net: LocalNetwork, loader: ViewLoader, config: Config, path: Path, *, num_classes: int, progress: bool = True
+    net: LocalNetwork,
+    loader: ViewLoader,
+    config: Config,
+    path: Path,
+    *,
+    num_classes: int,
+    progress: bool = True,
+    on_metrics: OnMetrics | None = None,
 ) -> int:
     """Train a network from its newest checkpoint in the run folder `path`, or from step 0, to the end.
 
@@ -43,6 +53,7 @@ def train(
         path: a run folder whose lock the caller holds.
         num_classes: for the online probe; 0 without labels.
         progress: show a progress bar (plain lines when stderr is not a terminal).
+        on_metrics: called with every row of metrics, right after it was written.
 
     Returns:
         The number of steps the network has seen.
@@ -100,6 +111,8 @@ def train(
                     }
                     runs.append_metrics(path, row)
                     show_on_board(row)
+                    if on_metrics is not None:
+                        on_metrics(row)
                     bar.show(row)
                     logged_at, images_since_log = time.monotonic(), 0
                 bar.advance(step)

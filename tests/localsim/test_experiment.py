@@ -138,6 +138,23 @@ def test_quiet_prints_nothing(tmp_path, capsys):
     assert captured.out == captured.err == ""
 
 
+def test_a_hook_sees_every_row_of_metrics_and_a_run_that_it_ends_can_be_resumed(tmp_path):
+    rows = []
+
+    def watch(row):
+        rows.append(dict(row))
+        assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1]) == row  # written before
+        if len(rows) == 7:
+            raise ConnectionError("the tracker is gone")
+
+    settings = {**TINY, "probe_protocol": "none", "quiet": True, "out": tmp_path / "run"}
+    with pytest.raises(ConnectionError):
+        localsim.run("blockwise", on_metrics=watch, **settings)
+    run = localsim.run(on_metrics=watch, resume=True, out=tmp_path / "run", quiet=True)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6, 7, 6, 7, 8, 9, 10]  # again from the epoch's checkpoint
+    assert rows[:5] + rows[7:] == run.metrics()
+
+
 def test_a_probe_can_be_left_out_and_made_later(tmp_path, capsys):
     run = localsim.run("untrained", out=tmp_path / "run", probe_protocol="none", **tiny_settings("untrained"))
     printed = capsys.readouterr().out
