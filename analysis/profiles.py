@@ -15,6 +15,8 @@ from localsim.rng import key
 
 CORRESPOND = 0.1
 """Layers of two networks correspond where their depths differ by no more than this share of the trunk."""
+ENOUGH_SEEDS = 5
+"""From how many runs on an interval is over seeds too: of two, redrawing covers the truth half of the time."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,8 @@ class ProfilePoint:
         depth: the share of the trunk that lies in and below it.
         value: mean over pairs of runs.
         low, high: its 95 % interval; None without resamples.
-        over: what the interval is over: `images and seeds`, or `images` where there is one pair of runs. For a floor,
-            which is made of pairs within a regime, the former takes three seeds.
+        over: what the interval is over: `images and seeds` from `ENOUGH_SEEDS` on, `images; runs held fixed` with
+            fewer, `images` where there is one pair of runs.
         n: images.
         seed_pairs: how many pairs of runs the mean is over.
         same_seed: whether the runs of a pair share a seed, thus their initialisation and order of images; None where
@@ -111,11 +113,26 @@ def _point(pairs: dict[tuple[Layer, Layer], Score], same_seed: bool, bounds: tup
     draws = np.stack([score.draws for score in scores])  # pairs x resamples
     low = high = None
     if draws.size:
-        low, high = centred_interval(value, over_seeds(list(pairs), draws, same_seed), *bounds)
+        low, high = centred_interval(value, mean_draws(list(pairs), draws, same_seed=same_seed), *bounds)
     runs = len({frozenset(((a.regime, a.seed), (b.regime, b.seed))) for a, b in pairs})
-    over = "images and seeds" if runs > 1 else "images"
+    fixed = "images; runs held fixed" if runs > 1 else "images"
+    over = "images and seeds" if enough_seeds(list(pairs)) else fixed
     unseeded = any(layer.seed is None for pair in pairs for layer in pair)
     return ProfilePoint(a.name, a.depth, value, low, high, over, scores[0].n, runs, None if unseeded else same_seed)
+
+
+def mean_draws(pairs: Sequence[tuple[Layer, Layer]], draws: np.ndarray, *, same_seed: bool) -> np.ndarray:
+    """Return the mean over pairs of runs `(draws,)` of `(pairs, draws)`; from `ENOUGH_SEEDS` on of runs drawn anew."""
+    return over_seeds(pairs, draws, same_seed) if enough_seeds(pairs) else draws.mean(0)
+
+
+def enough_seeds(pairs: Sequence[tuple[Layer, Layer]]) -> bool:
+    """Return whether each regime has `ENOUGH_SEEDS` runs, or none: of a baseline or given network there is but one."""
+    seeds: dict[str, set[int]] = {}
+    for layer in (layer for pair in pairs for layer in pair):
+        if layer.seed is not None:
+            seeds.setdefault(layer.regime, set()).add(layer.seed)
+    return min(map(len, seeds.values()), default=0) >= ENOUGH_SEEDS
 
 
 def over_seeds(pairs: Sequence[tuple[Layer, Layer]], draws: np.ndarray, same_seed: bool) -> np.ndarray:

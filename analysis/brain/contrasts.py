@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from localsim.analysis.brain.means import enough_seeds, mean_draws
-from localsim.analysis.profiles import counterparts
+from localsim.analysis.profiles import counterparts, enough_seeds, mean_draws
 from localsim.analysis.regimes import Layer
 from localsim.analysis.statistics import centred_interval
 from localsim.errors import UserError

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from localsim.analysis.brain.means import ENOUGH_SEEDS, SeedMean, counted, members
+from localsim.analysis.brain.means import SeedMean, counted, members
 from localsim.analysis.brain.scores import EVERY
 from localsim.analysis.canvas import COLOURS, MARKERS, wrapped
+from localsim.analysis.profiles import ENOUGH_SEEDS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

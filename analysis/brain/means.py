@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from localsim.analysis.profiles import over_seeds
+from localsim.analysis.profiles import mean_draws
 from localsim.analysis.regimes import Layer
 from localsim.analysis.statistics import centred_interval
 
 if TYPE_CHECKING:
     from localsim.analysis.brain.scores import BrainScore, BrainScores, Place
-
-
-ENOUGH_SEEDS = 5
-"""From how many runs on an interval is over seeds too: of two, redrawing covers the truth half of the time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,17 +55,6 @@ def seed_mean(name: str, depth: float, scores: Mapping[int | None, BrainScore]) 
         for part in ("chance", "ceiled")
     )
     return SeedMean(name, depth, value, draws, interval, each, tuple(scores), chance, ceiled)
-
-
-def mean_draws(pairs: Sequence[tuple[Layer, Layer]], draws: np.ndarray, *, same_seed: bool) -> np.ndarray:
-    """Return the mean over pairs of runs `(draws,)` of `(pairs, draws)`; from `ENOUGH_SEEDS` on of runs drawn anew."""
-    return over_seeds(pairs, draws, same_seed) if enough_seeds(pairs) else draws.mean(0)
-
-
-def enough_seeds(pairs: Sequence[tuple[Layer, Layer]]) -> bool:
-    """Return whether each side has `ENOUGH_SEEDS` runs, or no seed: of a baseline or given network there is but one."""
-    sides = [{layer.seed for layer in side} - {None} for side in zip(*pairs, strict=True)]
-    return min((len(side) for side in sides if side), default=0) >= ENOUGH_SEEDS
 
 
 def counted(scores: BrainScores, place: Place) -> str:

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from localsim.analysis.profiles import profile_of
+from localsim.analysis.profiles import ENOUGH_SEEDS, profile_of, seed_weights
 from localsim.analysis.regimes import Layer
 from localsim.analysis.similarity.scoring import Score
 
@@ -144,17 +144,17 @@ def test_intervals_grow_with_what_seeds_differ_by():
     assert none == pytest.approx(0, abs=1e-12)
 
 
-def test_two_seeds_give_an_interval_too():
-    """Of four draws of two runs from two regimes some hold no pair of different seeds; those are drawn again."""
-    regime = layers("a", depths={"low": 1.0})
+def test_of_few_seeds_runs_are_held_fixed():
+    """However much they differ: two of them, drawn again and again, do not tell by how much."""
+    for seeds in (2, ENOUGH_SEEDS - 1):
+        _, half = spread_of(seeds, lambda i, j: 0.1 * i)
+        assert half == pytest.approx(0, abs=1e-12)
 
-    def score(a, b):
-        return of(0.5, np.linspace(0.4, 0.6, 40))
 
-    for other in (regime, layers("b", depths={"low": 1.0})):
-        (point,) = profile_of(score, regime, other)
-        assert point.low is not None and 0.4 <= point.low < 0.5 < (point.high or 0) <= 0.6
-    assert profile_of(score, regime, regime) == profile_of(score, regime, regime)
+def test_a_draw_without_a_pair_of_different_runs_is_drawn_again():
+    """Of four draws of two runs some hold one run only."""
+    ends = ((("a", "0"), ("a", "1")),)
+    assert (seed_weights(ends, 40, False) == 1).all()
 
 
 def test_a_point_says_what_its_interval_is_over():
@@ -164,7 +164,8 @@ def test_a_point_says_what_its_interval_is_over():
     def score(_a, _b):
         return Score(0.95, 0.9, 1.0, 60, None, None, 0.95 + draws)
 
-    two, three = ([Layer("a", seed, None, "low", 0.5) for seed in range(seeds)] for seeds in (2, 3))
-    assert [profile_of(score, runs, runs)[0].over for runs in (two, three)] == ["images", "images and seeds"]
+    two, four, five = ([Layer("a", seed, None, "low", 0.5) for seed in range(seeds)] for seeds in (2, 4, 5))
+    said = ["images", "images; runs held fixed", "images and seeds"]
+    assert [profile_of(score, runs, runs)[0].over for runs in (two, four, five)] == said
     (point,) = profile_of(score, two, two, bounds=(0.0, 1.0))
     assert point.high == 1.0

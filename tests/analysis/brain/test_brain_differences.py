@@ -10,11 +10,11 @@ import torch
 
 from localsim.analysis import brain
 from localsim.analysis.brain.contrasts import BrainDifference, all_differences, differences, references_of
-from localsim.analysis.brain.means import ENOUGH_SEEDS, profile
+from localsim.analysis.brain.means import profile
 from localsim.analysis.brain.metrics import get_metric
 from localsim.analysis.brain.recordings import Recording
 from localsim.analysis.brain.scores import BrainScore, BrainScores
-from localsim.analysis.profiles import over_seeds, seed_weights
+from localsim.analysis.profiles import ENOUGH_SEEDS, over_seeds, seed_weights
 from localsim.analysis.regimes import Layer
 from localsim.analysis.statistics import centred_interval
 from localsim.data import ImageSet
