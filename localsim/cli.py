@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import errno
-import json
 import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from localsim.brain_command import BRAIN_EXAMPLES, add_brain_options, brain
 from localsim.cost_command import COST_EXAMPLES, add_cost_options
 from localsim.errors import Interrupted, TrainingFailed, UserError
+from localsim.options import add_debug, add_where, given, int_or_word
 
 ABOUT = """\
 How far must a learning signal travel?
@@ -48,17 +49,6 @@ examples:
   localsim compare runs/* --measure cka_debiased,rsa   by two measures; runs that differ in seed alone are one regime
   localsim compare runs/first --over-training          of a run with --set snapshot_every=1: each snapshot
   localsim compare runs/* --layers units --images 500  every unit block, on 500 test images
-"""
-
-
-BRAIN_EXAMPLES = """\
-examples:
-  localsim brain runs/first runs/second --recordings my/v4      every region, with controls
-  localsim brain runs/* --recordings my/v4 --metric pls,rdm     by two metrics; seeds are one regime
-  localsim brain torchvision:resnet50 --recordings my/v4 --image-size 112    a network that is no run
-  localsim brain runs/first --recordings my/v4 --over-training  of a run with --set snapshot_every=1
-  localsim brain runs/first --benchmark MajajHong2015public.IT-pls    a benchmark of Brain-Score
-  localsim brain runs/* --recordings my/v4 --benchmark Cowley2026.V4-pls    with layers that the recordings choose
 """
 
 
@@ -112,7 +102,7 @@ def make_parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--rule", metavar="NAME", help="blockwise (default), another of `localsim rules`, or path/to/your_rule.py"
     )
-    what.add_argument("--granularity", metavar="K", type=_int_or_word,
+    what.add_argument("--granularity", metavar="K", type=int_or_word,
                       help="how many stages: a number, or network, stage (the backbone's own), block")  # fmt: skip
     what.add_argument("--cuts", metavar="WHERE",
                       help="auto, balanced (by held activations), or the unit blocks at which stages begin: "
@@ -149,7 +139,7 @@ def make_parser() -> argparse.ArgumentParser:
     how.add_argument("--out", metavar="DIR", help="the run folder (default: runs/RULE-...)")
     how.add_argument("--resume", action="store_true", help="continue the run in the folder")
     how.add_argument("--device", metavar="NAME", help="auto (default), cpu, cuda, cuda:N")
-    _debug(how)
+    add_debug(how)
 
     probe = _command(commands, "probe", "linear and k-NN accuracy of every stage, beside the untrained network",
                      PROBE_EXAMPLES, _probe)  # fmt: skip
@@ -165,7 +155,7 @@ def make_parser() -> argparse.ArgumentParser:
     probe.add_argument("--data", metavar="DIR", help="where the run's folder of images lies now")
     probe.add_argument("--data-root", metavar="DIR", help="where the run's named data set lies now")
     probe.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N (default: the run's)")
-    _debug(probe)
+    add_debug(probe)
 
     compare = _command(commands, "compare", "similarity of layers within and between runs, as tables and plots",
                        COMPARE_EXAMPLES, _compare)  # fmt: skip
@@ -192,53 +182,18 @@ def make_parser() -> argparse.ArgumentParser:
                       help="mismatched orders of the images for the tables' chance level (default 100, "
                            "0: none)")  # fmt: skip
     what.add_argument("--seed", metavar="N", type=int, default=0, help="of the draws (default 0)")
-    _where(compare, "comparisons")
+    add_where(compare, "comparisons")
 
-    _brain_parser(commands)
+    about = "runs against neural recordings, or benchmarks of Brain-Score"
+    add_brain_options(_command(commands, "brain", about, BRAIN_EXAMPLES, brain))
     add_cost_options(_command(commands, "cost", "what a step of a rule costs, before training and without data",
                               COST_EXAMPLES, _cost))  # fmt: skip
 
     rules = _command(commands, "rules", "the rules, their papers and credit matrices", "", _rules)
     rules.add_argument("name", metavar="NAME", nargs="?", help="only this rule")
     rules.add_argument("--stages", metavar="K", type=int, default=4, help="draw the matrices for so many stages")
-    _debug(rules)
+    add_debug(rules)
     return parser
-
-
-def _brain_parser(commands: Any) -> None:
-    brain = _command(commands, "brain", "runs against neural recordings, or benchmarks of Brain-Score", BRAIN_EXAMPLES,
-                     _brain)  # fmt: skip
-    brain.add_argument("runs", metavar="RUN", nargs="*", help="run folders, or torchvision:NAME, timm:NAME")
-    what = brain.add_argument_group("what they are compared with")
-    what.add_argument("--recordings", metavar="DIR", action="append", default=[],
-                      help="a folder of recordings, see docs/recordings.md; may be repeated")  # fmt: skip
-    what.add_argument("--benchmark", metavar="ID",
-                      help="a benchmark of Brain-Score, e.g. MajajHong2015public.IT-pls: every layer, or with "
-                           "--recordings the layer that these choose; needs the extra [brain]")  # fmt: skip
-    what.add_argument("--regions", metavar="NAMES", help="of the recordings, with commas (default: all)")
-    what.add_argument("--bins", metavar="HOW", default="mean", help="time bins: their mean (default), or each")
-    how = brain.add_argument_group("how")
-    how.add_argument("--metric", metavar="NAME",
-                     help="ridgecv (default), pls, ridge, cka, rdm (default for RDMs), rsa; or several: "
-                          "pls,rdm")  # fmt: skip
-    how.add_argument("--layers", metavar="WHICH", default="ends",
-                     help="ends (default: what ends the backbone's own stages), stages, units, readouts, or modules by "
-                          "name: layer2,layer3.0.conv1")  # fmt: skip
-    how.add_argument("--spatial", metavar="HOW", default="upto4x4",
-                     help="maps become vectors by regions (default upto4x4: 4x4, or the map where that is smaller), "
-                          "mean, flatten, or project1000 (any number)")  # fmt: skip
-    how.add_argument("--image-size", metavar="PX", type=int, help="show images at this size (default: as in training)")
-    how.add_argument("--controls", metavar="NAMES", default="untrained,pixels,gabor,shuffled",
-                     help="untrained,pixels,gabor,shuffled (default), calibrated, or none")  # fmt: skip
-    how.add_argument("--over-training", action="store_true", help="every snapshot of the runs too")
-    how.add_argument("--choose-stage", action="store_true",
-                     help="also the best stage of each network, chosen by other images than score it")  # fmt: skip
-    how.add_argument("--resamples", metavar="N", type=int,
-                     help="draws of images and neurons for the 95 %% intervals (default 1000, of rdm, rsa, cka 200; "
-                          "0: none)")  # fmt: skip
-    how.add_argument("--seed", metavar="N", type=int, default=0,
-                     help="of draws, shuffled images, projections, networks by name (default 0)")  # fmt: skip
-    _where(brain, "brain")
 
 
 def _command(
@@ -256,56 +211,10 @@ def _command(
     return parser
 
 
-def _where(parser: Any, folder: str) -> None:
-    where = parser.add_argument_group("where")
-    where.add_argument("--rule", metavar="FILE", help="the file of a rule of your own, for runs made with it; executed")
-    where.add_argument("--data", metavar="DIR", help="where the runs' folder of images lies now")
-    where.add_argument("--data-root", metavar="DIR", help="where the runs' named data set lies now")
-    where.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N (default: the runs')")
-    where.add_argument("--cache", metavar="DIR", help="keep features there, by their content, for another time")
-    where.add_argument("--out", metavar="DIR", help=f"folder for tables and figures (default: {folder}/NAMES)")
-    _debug(where)
-
-
-def _debug(parser: Any) -> None:
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-
-
-def _int_or_word(text: str) -> int | str:
-    try:
-        return int(text)
-    except ValueError:
-        return text
-
-
-def _settings(pairs: Sequence[str]) -> dict[str, Any]:
-    settings = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise UserError(f"--set {pair!r} is not of the form NAME=VALUE")
-        try:
-            settings[name] = json.loads(value)
-        except json.JSONDecodeError:
-            settings[name] = value
-    return settings
-
-
-def _given(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return all options by name, those of --set among them."""
-    given = {name: value for name, value in vars(arguments).items() if name not in ("command", "debug", "set")}
-    settings = _settings(arguments.set)
-    for name in settings:
-        if given.get(name) is not None:
-            raise UserError(f"{name} is given twice: by --{name.replace('_', '-')} and by --set")
-    return {**given, **settings}
-
-
 def _run(arguments: argparse.Namespace) -> int:
-    given = _given(arguments)
     from localsim.experiment import run
 
-    run(**given)
+    run(**given(arguments))
     return 0
 
 
@@ -333,48 +242,15 @@ def _probe(arguments: argparse.Namespace) -> int:
 def _compare(arguments: argparse.Namespace) -> int:
     from localsim.analysis.comparing import compare_runs
 
-    given = {name: value for name, value in vars(arguments).items() if name not in ("command", "debug")}
-    compare_runs(**given)
-    return 0
-
-
-def _brain(arguments: argparse.Namespace) -> int:
-    given = {name: value for name, value in vars(arguments).items() if name not in ("command", "debug", "benchmark")}
-    if not arguments.benchmark:
-        if not arguments.recordings:
-            raise UserError("brain needs either --recordings DIR or --benchmark ID, or both")
-        from localsim.analysis.brain.command import score_runs
-
-        score_runs(**given)
-        return 0
-    from localsim.analysis.brain.benchmarks import score_benchmarks, score_chosen_layers
-
-    if arguments.recordings:
-        score_chosen_layers(benchmark=arguments.benchmark, **given)
-        return 0
-    own = {"layers", "spatial", "image_size", "rule", "data", "data_root", "device", "out"}
-    changed = _changed(arguments, "brain", own | {"runs", "benchmark", "debug", "command"})
-    if unused := [name for name in changed if name != "controls"]:
-        raise UserError(f"--{unused[0].replace('_', '-')} has no meaning for --benchmark without --recordings")
-    options = {name: given[name] for name in own}
-    if changed:  # by default those among the controls that are networks
-        options["controls"] = [] if arguments.controls == "none" else arguments.controls.split(",")
-    score_benchmarks(arguments.runs, arguments.benchmark, **options)
+    compare_runs(**{name: value for name, value in vars(arguments).items() if name not in ("command", "debug")})
     return 0
 
 
 def _cost(arguments: argparse.Namespace) -> int:
-    given = _given(arguments)
     from localsim.cost_command import report_costs
 
-    report_costs(**given)
+    report_costs(**given(arguments))
     return 0
-
-
-def _changed(arguments: argparse.Namespace, command: str, allowed: set[str]) -> list[str]:
-    """Return the options that were given another value than their default, but for those allowed."""
-    defaults = vars(make_parser().parse_args([command]))
-    return [name for name, value in vars(arguments).items() if name not in allowed and value != defaults[name]]
 
 
 def _rules(arguments: argparse.Namespace) -> int:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from localsim.cli import _settings, make_parser
+from localsim import options
+from localsim.cli import make_parser
 from localsim.credit import Credit
 from localsim.presets import resolve
 
@@ -67,7 +68,7 @@ def test_every_localsim_command_in_the_documents_parses(file):
             continue
         arguments = make_parser().parse_args(words)
         if getattr(arguments, "set", []):
-            resolve(arguments.rule or "blockwise", arguments.preset, _settings(arguments.set))
+            resolve(arguments.rule or "blockwise", arguments.preset, options.settings(arguments.set))
 
 
 SNIPPETS = {
@@ -82,7 +83,7 @@ SNIPPETS = {
 def test_every_set_snippet_of_the_documents_is_a_setting(file, snippet):
     """As a shell would split it: a value with braces and quotes needs quotes around it."""
     arguments = make_parser().parse_args(["run", *shlex.split(snippet)])
-    settings = _settings(arguments.set)
+    settings = options.settings(arguments.set)
     config = resolve("blockwise", None, settings)
     assert settings and all(getattr(config, name) == value for name, value in settings.items())
 
