@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 
 from localsim.cifar_resnets import BLOCKS_PER_STAGE, CifarResNet
 from localsim.errors import UserError, one_of
+from localsim.own_backbones import REGISTERED, Split, make_registered
+from localsim.unit_blocks import Backbone as Backbone
+from localsim.unit_blocks import UnitBlock as UnitBlock
 from localsim.unnormalised import preact_resnet50, vgg6
 
 STEMS = ("imagenet", "cifar")
@@ -28,45 +32,10 @@ SCALABLE = ("vgg6", "preact_resnet50")
 """The backbones whose channels can be scaled by a width."""
 _CLASSIFIERS = ("fc.", "classifier.")
 _SHORTCUTS = {"downsample", "shortcut"}
+# layers of a user's own backbone that take positions together, and of which `receptive_fields` knows no size
+_UNCOUNTED = (nn.MultiheadAttention, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.ConvTranspose2d)
 # batch norm over a single image fails on a 1 x 1 map, so two are traced
 TRACE_BATCH = 2
-
-
-class UnitBlock(nn.Module):
-    """One unit block: torchvision modules run in order.
-
-    Args:
-        name: torchvision's name of the block, "stem" for what comes before the first residual block.
-        parts: torchvision's name of each module, and the module.
-    """
-
-    def __init__(self, name: str, parts: Iterable[tuple[str, nn.Module]]) -> None:
-        super().__init__()
-        names, modules = zip(*parts, strict=True)
-        self.name: str = name
-        self.part_names: tuple[str, ...] = names
-        self.parts = nn.ModuleList(modules)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `(n, c, h, w)` to the block's output."""
-        for part in self.parts:
-            x = part(x)
-        return x
-
-
-@dataclass(frozen=True)
-class Backbone:
-    """A network without its pooling and classifier.
-
-    Attributes:
-        name: its name in `BACKBONES`.
-        units: the unit blocks, in the order in which they run.
-        natural_cuts: index of the unit block with which each natural stage begins; the first is 0.
-    """
-
-    name: str
-    units: tuple[UnitBlock, ...]
-    natural_cuts: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -107,7 +76,43 @@ BACKBONES: dict[str, Callable[[bool, float], nn.Module]] = {
     "vgg6": lambda zero_init_residual, width: vgg6(width),
     "preact_resnet50": lambda zero_init_residual, width: preact_resnet50(width, zero_init_residual=zero_init_residual),
 }
-"""Every backbone by name: the function that builds the whole model, given `zero_init_residual` and `width`."""
+"""localsim's own backbones: the function that builds the whole model, given `zero_init_residual` and `width`."""
+
+
+def register_backbone(name: str, make: Callable[[], nn.Module], split: Split) -> None:
+    """Add a backbone of one's own: from then on `backbone=name` and `--backbone name` mean it, in this process.
+
+    A configuration keeps the name and never the code, so what opens a run must have registered its backbone first: in a
+    rule file (`--rule FILE`), in the module of an entry point of the group `localsim.rules`, or by hand.
+
+    Args:
+        name: letters, digits, `_`, `-`. A name of localsim's own is refused, as is one that another module has
+            registered; the same module may register it again, as an edited file does.
+        make: returns the whole model; it draws its weights from torch's default generator, which the run's seed sets.
+        split: from that model to `(unit blocks, natural cuts)`, see `Backbone`. Every unit block maps `(n, c, h, w)` to
+            `(n, c', h', w')`, the first one images with three channels; the result is square for square images.
+
+    Raises:
+        UserError: the name is of another form, or taken. What `make` and `split` return is checked when the backbone is
+            built.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
+        raise UserError(f"the backbone is called {name!r}; allowed: letters, digits, _ and -")
+    if name in BACKBONES:
+        raise UserError(f"the name {name!r} is taken by a backbone of localsim; choose another")
+    for what, function in (("make", make), ("split", split)):
+        if not callable(function) or isinstance(function, nn.Module):  # one model would be shared by all networks
+            raise UserError(
+                f"backbone {name}: {what} must be a function, not an object of type {type(function).__name__}"
+            )
+    before = REGISTERED.get(name)
+    if before is not None and _home(before[1]) != _home(split):
+        raise UserError(f"the name {name!r} is taken by a backbone of {_home(before[1])}; choose another")
+    REGISTERED[name] = make, split
+
+
+def _home(function: Callable[..., object]) -> str:
+    return str(getattr(function, "__module__", type(function).__module__))
 
 
 def build_backbone(
@@ -122,28 +127,29 @@ def build_backbone(
     ResNet-50 on a 5x5 convolution of stride 1. Both run on patches of 16 x 16 pixels.
 
     Args:
-        name: one of `BACKBONES`.
+        name: one of `BACKBONES`, or one's own, see `register_backbone`; this has the options below at their defaults.
         stem: "imagenet" is the stem as published for the network. "cifar" replaces the 7x7 convolution of stride 2
             and the max-pool of ResNet-18 to 101 by one 3x3 convolution of stride 1, as is usual for 32 x 32 images;
             it is what ResNet-20, 32 and 110 have anyway.
         zero_init_residual: start the last batch norm of every residual block at zero, so that each block begins as
             its shortcut (Goyal et al. 2017, arXiv:1706.02677, section 5.1); in `preact_resnet50`, which has no
-            batch norm, the last convolution. A VGG has no residual blocks.
+            batch norm, the last convolution. A VGG has no residual blocks, and a backbone of one's own starts as its
+            own function makes it.
         width: multiplies all channels of the `SCALABLE` backbones, rounded, at least 8; 1 for the others.
 
     Raises:
         UserError: for an unknown name or stem, the CIFAR stem on a network whose stem is fixed, a width that is not
-            positive, or one other than 1 for a backbone that cannot be scaled.
+            positive, or one other than 1 for a backbone that cannot be scaled; for one's own that cannot be built, has
+            no unit blocks, repeats a name or a weight, or has natural stages that are none.
     """
-    if name not in BACKBONES:
-        raise one_of("backbone", name, BACKBONES)
+    if name not in BACKBONES and name not in REGISTERED:
+        unknown = one_of("backbone", name, (*BACKBONES, *REGISTERED))
+        raise UserError(f"{unknown}; one of your own is registered by a file: --rule path/to/rule.py")
     if stem not in STEMS:
         raise one_of("stem", stem, STEMS)
-    if stem == "cifar" and name in _FIXED_STEMS:
-        raise UserError(
-            f"stem 'cifar' has no meaning for {name}, which begins with a {_FIXED_STEMS[name]} convolution; "
-            "allowed: imagenet"
-        )
+    if stem == "cifar" and (name in _FIXED_STEMS or name in REGISTERED):
+        first = f"a {_FIXED_STEMS[name]} convolution" if name in _FIXED_STEMS else "a stem of your own"
+        raise UserError(f"stem 'cifar' has no meaning for {name}, which begins with {first}; allowed: imagenet")
     if not 0 < width < math.inf:
         raise UserError(f"width {width!r} is no factor for channels; allowed: numbers above 0")
     if width != 1 and name not in SCALABLE:
@@ -151,6 +157,8 @@ def build_backbone(
             f"width {width:g} has no meaning for {name}, whose channels are fixed; allowed: 1, "
             f"or one of the backbones {', '.join(SCALABLE)}"
         )
+    if name in REGISTERED:
+        return make_registered(name)
     model = BACKBONES[name](zero_init_residual, width)
     if stem == "cifar" and name in _RESNETS:
         _shrink_stem(model)
@@ -278,11 +286,20 @@ def trace_units(backbone: Backbone, image_size: int) -> list[UnitTrace]:
         try:
             with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
                 x = twin(x)
-        except RuntimeError as error:
+        except Exception as error:
+            said = f"{unit.name} cannot run on a map of {map_size[0]} x {map_size[1]}"
+            if backbone.name in REGISTERED:  # of a user's own network size is not all that can be wrong
+                why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+                raise UserError(f"images of {image_size} px do not pass {backbone.name}: {said} ({why})") from error
+            if not isinstance(error, RuntimeError):
+                raise
+            raise UserError(f"image size {image_size} is too small for {backbone.name}: {said}") from error
+        if not isinstance(x, Tensor) or x.ndim != 4 or len(x) != TRACE_BATCH or x.shape[2] != x.shape[3]:
+            gave = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise UserError(
-                f"image size {image_size} is too small for {backbone.name}: "
-                f"{unit.name} cannot run on a map of {map_size[0]} x {map_size[1]}"
-            ) from error
+                f"unit block {unit.name} of {backbone.name} gives {gave} for {TRACE_BATCH} images; allowed: square "
+                "maps (images, channels, height, width)"
+            )
         channels, height, width = x.shape[1:]
         traces.append(UnitTrace((channels, height, width), saved))
     return traces
@@ -318,11 +335,20 @@ def receptive_fields(units: Iterable[UnitBlock]) -> list[int]:
 
     A layer with kernel `k` and stride `s` widens it by `(k - 1) jump` and multiplies `jump`, the pixels between
     neighbouring positions, by `s`. Shortcuts are left out: they see part of what the main path sees. Borders are
-    ignored, so the field can be larger than the image.
+    ignored, so the field can be larger than the image. Counted are the convolutions and max-pools of localsim's own
+    backbones.
+
+    Raises:
+        UserError: of a layer that takes positions together in another way (attention, dilation, other pooling).
     """
     fields, field, jump = [], 1, 1
     for unit in units:
         for name, module in unit.named_modules():
+            if isinstance(module, _UNCOUNTED) or getattr(module, "dilation", 1) not in (1, (1, 1)):
+                raise UserError(
+                    f"the receptive field of unit block {unit.name} is not known, for it has a {type(module).__name__}"
+                    "; allowed: convolutions and max-pools without dilation"
+                )
             if not isinstance(module, nn.Conv2d | nn.MaxPool2d) or not _SHORTCUTS.isdisjoint(name.split(".")):
                 continue
             kernel, stride = (

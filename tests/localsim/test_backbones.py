@@ -246,7 +246,7 @@ def test_loading_other_weights_says_what_differs_and_copies_nothing():
             {"name": "resnet51"},
             "unknown backbone 'resnet51'; allowed: "
             "resnet18, resnet34, resnet50, resnet101, vgg11, vgg11_bn, resnet20, resnet32, resnet110, vgg6, "
-            "preact_resnet50",
+            "preact_resnet50; one of your own is registered by a file: --rule path/to/rule.py",
         ),
         ({"name": "resnet50", "stem": "tiny"}, "unknown stem 'tiny'; allowed: imagenet, cifar"),
         (
