@@ -6,14 +6,13 @@ import difflib
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import nn
 
 from localsim.data.datasets import Triple
 from localsim.errors import UserError, one_of
+from localsim.interop import read_weights
 from localsim.opening import open_device
 from localsim.rng import keyed
-from localsim.runs import load_plain, load_tensors
 
 NAMED = ("torchvision:", "timm:")
 """What the names of networks begin with."""
@@ -56,7 +55,7 @@ def _torchvision(name: str, weights: str, seed: int) -> dict[str, Any]:
     with keyed(seed, "init", "trunk"):
         network = _fetched(f"torchvision:{name}:{weights}", lambda: models.get_model(name, weights=chosen))
     if weights and chosen is None:
-        load_trunk(network, Path(weights))
+        _load_file(network, Path(weights))
     shown = (chosen or published["DEFAULT"]).transforms()
     size = getattr(shown, "crop_size", [None])[0]
     mean, std = (tuple(getattr(shown, what)) if hasattr(shown, what) else None for what in ("mean", "std"))
@@ -66,6 +65,7 @@ def _torchvision(name: str, weights: str, seed: int) -> dict[str, Any]:
 def _timm(name: str, weights: str, seed: int) -> dict[str, Any]:
     try:
         import timm  # type: ignore[import-not-found]
+        from timm.data import resolve_model_data_config  # type: ignore[import-not-found]
     except ImportError:
         raise UserError(f"timm:{name} needs timm, which is not installed; install it with `pip install timm`") from None
     if not timm.is_model(name):
@@ -75,7 +75,7 @@ def _timm(name: str, weights: str, seed: int) -> dict[str, Any]:
         raise one_of("weights of timm's networks", weights, ("pretrained", "none, which is untrained"))
     with keyed(seed, "init", "trunk"):
         network = _fetched(f"timm:{name}", lambda: timm.create_model(name, pretrained=bool(weights)))
-    shown = timm.data.resolve_model_data_config(network)
+    shown = resolve_model_data_config(network)
     return {"network": network, "size": shown["input_size"][-1], "mean": cast(Triple, tuple(shown["mean"])),
             "std": cast(Triple, tuple(shown["std"]))}  # fmt: skip
 
@@ -87,19 +87,13 @@ def _fetched(what: str, make: Any) -> nn.Module:
         raise UserError(f"{what} could not be had: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
 
 
-def load_trunk(network: nn.Module, path: Path) -> None:
-    """Load weights under torchvision's names in place, where they lack a classifier with an identity instead of it.
-
-    Args:
-        network: a torchvision model.
-        path: a `.safetensors` file, or one by `torch.save`, which is read without executing code.
+def _load_file(network: nn.Module, path: Path) -> None:
+    """Load a file of weights under torchvision's names in place; an identity stands for a classifier that it lacks.
 
     Raises:
         UserError: the file cannot be read, or an entry is missing, unexpected or of another shape.
     """
-    state = load_tensors(path) if path.suffix == ".safetensors" else load_plain(path)
-    if not (isinstance(state, dict) and all(isinstance(value, torch.Tensor) for value in state.values())):
-        raise UserError(f"{path} holds no weights: a dictionary of names and tensors is expected")
+    state = read_weights(path)
     for name in _CLASSIFIERS:
         if hasattr(network, name) and not any(entry.startswith(f"{name}.") for entry in state):
             setattr(network, name, nn.Identity())  # drawn at random it would pass for a trained layer
