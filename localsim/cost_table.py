@@ -37,7 +37,7 @@ def _mib(number: int) -> str:
     return _number(number / 2**20)
 
 
-_COLUMNS = (
+COLUMNS = (
     _Column("trunk M", lambda c: _number(c.trunk_parameters / 1e6), "parameters of all stages, in millions"),
     _Column("taps M", lambda c: _number(c.tap_parameters / 1e6), "parameters of all readouts and heads, in millions"),
     _Column(
@@ -67,19 +67,19 @@ _COLUMNS = (
 def cost_table(costs: Sequence[Cost]) -> str:
     """Return costs as aligned text: what they share, a row for each, and a line that explains each column."""
     apart = [name for name in SHARED if len({getattr(cost, name) for cost in costs}) > 1]
-    head = ["rule", "stages", *(name.replace("_", " ") for name in apart), *(column.head for column in _COLUMNS)]
+    head = ["rule", "stages", *(name.replace("_", " ") for name in apart), *(column.head for column in COLUMNS)]
     rows = [
         [
             cost.rule,
             str(len(cost.stages)),
             *(str(getattr(cost, name)) for name in apart),
-            *(column.value(cost) for column in _COLUMNS),
+            *(column.value(cost) for column in COLUMNS),
         ]
         for cost in costs
     ]
-    longest = max(len(column.head) for column in _COLUMNS)
-    meanings = [f"{column.head:<{longest}}  {column.meaning}" for column in _COLUMNS]
-    return "\n".join([shared_settings(costs), "", _aligned([head, *rows], left=1), "", *meanings])
+    longest = max(len(column.head) for column in COLUMNS)
+    meanings = [f"{column.head:<{longest}}  {column.meaning}" for column in COLUMNS]
+    return "\n".join([shared_settings(costs), "", aligned([head, *rows], left=1), "", *meanings])
 
 
 def stage_table(cost: Cost) -> str:
@@ -92,7 +92,7 @@ def stage_table(cost: Cost) -> str:
             zip(cost.stages, cost.units, cost.paths, cost.update_locks, cost.stages_run, crossing, strict=True)
         )
     ]
-    return _aligned([head, *rows], left=2)
+    return aligned([head, *rows], left=2)
 
 
 def shared_settings(costs: Sequence[Cost]) -> str:
@@ -101,7 +101,7 @@ def shared_settings(costs: Sequence[Cost]) -> str:
     return ", ".join(in_words(name, *found) for name, found in values.items() if len(found) == 1)
 
 
-def _aligned(table: Sequence[Sequence[str]], left: int) -> str:
+def aligned(table: Sequence[Sequence[str]], left: int) -> str:
     """Return lines of cells, the first `left` columns flush left."""
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     return "\n".join(

@@ -33,7 +33,7 @@ from localsim.rules.choices import merged
 from localsim.runs import Run
 from localsim.schedule import Schedule
 from localsim.sources import scaled_views
-from localsim.train import OnMetrics, rehearse, train
+from localsim.train import OnMetrics, StepCost, rehearse, train
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -104,6 +104,7 @@ class Prepared:
     loader: ViewLoader
     plan: str
     views: Figure
+    cost: StepCost | None  # None where nothing is trained
 
 
 def prepare(config: Config) -> Prepared:
@@ -136,7 +137,7 @@ def prepare(config: Config) -> Prepared:
     check_labels(config, net, data, batch)
     cost = rehearse(net, batch, config) if len(net.taps) else None
     plan = describe(config, net, cuts, data, loader, cost)
-    return Prepared(data, net, loader, plan, draw_views(data, batch, net.patches))
+    return Prepared(data, net, loader, plan, draw_views(data, batch, net.patches), cost)
 
 
 def check_precision(config: Config, net: LocalNetwork, backbone: Backbone) -> None:
