@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from localsim.analysis.detection import detection_model as detection_model
     from localsim.analysis.extraction import feature_batches as feature_batches
     from localsim.analysis.extraction import features as features
+    from localsim.analysis.feature_files import load_features as load_features
+    from localsim.analysis.feature_files import save_features as save_features
     from localsim.analysis.feature_store import Features as Features
+    from localsim.analysis.report import write_report as write_report
     from localsim.analysis.run_geometry import stage_geometry as stage_geometry
     from localsim.analysis.similarity import MEASURES as MEASURES
     from localsim.analysis.similarity import cca as cca
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
     from localsim.analysis.similarity import svcca as svcca
     from localsim.analysis.sources import Source as Source
     from localsim.analysis.stage_probe import probe as probe
+    from localsim.analysis.sweeps import SweepTable as SweepTable
+    from localsim.analysis.sweeps import sweep_table as sweep_table
     from localsim.analysis.updates import alignment_over_training as alignment_over_training
     from localsim.analysis.updates import gradient_alignment as gradient_alignment
 
@@ -45,7 +50,9 @@ _WHERE = {
     "corruptions": ("corrupt",),
     "detection": ("check_transfer", "detection_model"),
     "extraction": ("feature_batches", "features"),
+    "feature_files": ("load_features", "save_features"),
     "feature_store": ("Features",),
+    "report": ("write_report",),
     "similarity": (
         "MEASURES", "cca", "cka", "get_measure", "mutual_knn", "predictivity", "procrustes", "pwcca", "rdm", "rsa",
         "svcca",
@@ -53,6 +60,7 @@ _WHERE = {
     "sources": ("Source",),
     "run_geometry": ("stage_geometry",),
     "stage_probe": ("probe",),
+    "sweeps": ("SweepTable", "sweep_table"),
     "updates": ("alignment_over_training", "gradient_alignment"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _WHERE.items() for name in names}

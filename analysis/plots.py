@@ -105,7 +105,7 @@ def loss_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def running_median(values: np.ndarray, half: int) -> np.ndarray:
-    """Return the median of each value `(n,)` and its `half` neighbours to either side, of fewer near the ends.
+    """Return the median of each of `values`, `(n,)`, and its `half` neighbours to either side, of fewer near the ends.
 
     NaN (a loss that diverged) is left out; where there is nothing else the median is NaN.
     """

@@ -52,7 +52,7 @@ def resample(n: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
 def centred_interval(
     estimate: float, draws: ArrayLike, lowest: float = -np.inf, highest: float = np.inf
 ) -> tuple[float, float]:
-    """Return the 95 % interval of an estimate from scores of resamples `(r,)`, cut to the range of what is estimated.
+    """Return the 95 % interval of `estimate` from `draws`, its `(r,)` resamples, cut to between `lowest` and `highest`.
 
     The draws' spread about their own mean is laid around the estimate: half the images give a biased score another
     bias, which belongs to the half and not to the estimate.

@@ -1,7 +1,7 @@
 """localsim: how far must a learning signal travel?
 
-`localsim.run(...)` trains a rule, `localsim.load_run(path)` opens what was kept, `localsim.build(...)` returns an untrained
-network, `localsim.engine.backward(...)` computes one step's gradients. Everything is imported when it is first used.
+`localsim.run(...)` trains a rule, `localsim.sweep(...)` a grid of them, `localsim.load_run(path)` opens what was kept,
+`localsim.load_trunk(path)` as a torchvision network, `localsim.build(...)` returns an untrained network, `localsim.engine.backward(...)` computes one step's gradients. Everything is imported when it is first used.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from localsim.credit import Credit as Credit
     from localsim.errors import UserError as UserError
     from localsim.experiment import run as run
+    from localsim.interop import load_trunk as load_trunk
     from localsim.runs import load_run as load_run
+    from localsim.sweeping import sweep as sweep
 
 _WHERE = {
     "build": "localsim.assembly",
@@ -31,8 +33,10 @@ _WHERE = {
     "UserError": "localsim.errors",
     "run": "localsim.experiment",
     "load_run": "localsim.runs",
+    "load_trunk": "localsim.interop",
+    "sweep": "localsim.sweeping",
 }
-__all__ = ["Credit", "UserError", "build", "engine", "load_run", "run"]
+__all__ = ["Credit", "UserError", "build", "engine", "load_run", "load_trunk", "run", "sweep"]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,6 +14,8 @@ from localsim.brain_command import BRAIN_EXAMPLES, add_brain_options, brain
 from localsim.cost_command import COST_EXAMPLES, add_cost_options
 from localsim.errors import Interrupted, TrainingFailed, UserError
 from localsim.options import add_debug, add_where, given, int_or_word
+from localsim.report_command import REPORT_EXAMPLES, add_report_options, report
+from localsim.sweep_command import SWEEP_ABOUT, SWEEP_EXAMPLES, add_sweep_options, sweep_command
 
 ABOUT = """\
 How far must a learning signal travel?
@@ -30,7 +32,7 @@ examples:
   localsim run --objective vicreg --reach 2 --granularity 8    another loss, another reach, another cut
   localsim run --rule loco --set schedule=sequential   one loss after the other, from the lowest up
   localsim run --rule end_to_end --set transport=feedback_alignment    backpropagation without its weights
-  localsim run --rule my_rule.py                       a rule of your own, see CONTRIBUTING.md
+  localsim run --rule my_rule.py                       a rule of your own, see docs/add_a_rule.md
   localsim run --rule layerwise --data cifar10         the cifar10 preset; images are looked for in --data-root
   localsim run --data my/images --set image_size=96    any folder of images
   localsim run --preset imagenet --data-root /data     the published configuration, 300 epochs
@@ -67,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return command(arguments)
     except KeyboardInterrupt as stopped:
-        kept = "continue with --resume" if isinstance(stopped, Interrupted) else "by Ctrl-C"
+        kept = (str(stopped) or "continue with --resume") if isinstance(stopped, Interrupted) else "by Ctrl-C"
         print(f"localsim: stopped; {kept}", file=sys.stderr)
         return 130
     except UserError as error:
@@ -122,7 +124,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--preset", metavar="NAME", help="quick (default without --data), cifar10, stl10, folder, imagenet"
     )
     much.add_argument("--backbone", metavar="NAME", help="resnet18/34/50/101, resnet20/32/110 (CIFAR), vgg11, vgg6, "
-                      "preact_resnet50")  # fmt: skip
+                      "preact_resnet50, or one that a rule file registers")  # fmt: skip
     much.add_argument(
         "--data", metavar="NAME", help="embedded, cifar10, cifar100, stl10, imagenet, or a folder of images"
     )
@@ -184,10 +186,17 @@ def make_parser() -> argparse.ArgumentParser:
     what.add_argument("--seed", metavar="N", type=int, default=0, help="of the draws (default 0)")
     add_where(compare, "comparisons")
 
+    sweep = _command(
+        commands, "sweep", "a grid of configurations: plan, train, one table", SWEEP_EXAMPLES, sweep_command
+    )
+    sweep.description = SWEEP_ABOUT
+    add_sweep_options(sweep)
     about = "runs against neural recordings, or benchmarks of Brain-Score"
     add_brain_options(_command(commands, "brain", about, BRAIN_EXAMPLES, brain))
     add_cost_options(_command(commands, "cost", "what a step of a rule costs, before training and without data",
                               COST_EXAMPLES, _cost))  # fmt: skip
+    about = "one HTML page on runs: to look at, send, print"
+    add_report_options(_command(commands, "report", about, REPORT_EXAMPLES, report))
 
     rules = _command(commands, "rules", "the rules, their papers and credit matrices", "", _rules)
     rules.add_argument("name", metavar="NAME", nargs="?", help="only this rule")

@@ -96,6 +96,9 @@ def cost(config: Config) -> Cost:
     Counted for the CPU in eager mode; a device that keeps other buffers for its backward passes holds slightly more or
     less. With transport feedback_alignment the network itself is built, for its weights decide the feedback.
 
+    Args:
+        config: see `localsim.presets.resolve`.
+
     Raises:
         UserError: the network cannot be built (see `localsim.assembly.build_network`), or something in the step asks
             for the values of tensors, which there are none of. Any other error is raised as it is.

@@ -139,6 +139,11 @@ def resolve(rule: str = "blockwise", preset: str | None = None, overrides: Mappi
     Without a preset, the one of the data set is taken: `quick` for no data, `folder` for a folder of images. Warm-up
     takes at most a quarter of `epochs`, unless `warmup_epochs` is given too.
 
+    Args:
+        rule: its name, see `localsim.rules.rules`, or the path of a file that holds one.
+        preset: one of `PRESETS`.
+        overrides: values of fields of `localsim.config.Config`.
+
     Raises:
         UserError: unknown rule, preset or field, a value outside its range, or an override that has no meaning for
             the rule.

@@ -107,7 +107,7 @@ class Run:
 
 
 def load_run(path: str | Path) -> Run:
-    """Open a run folder; UserError if it is none."""
+    """Open the run folder `path`; UserError if it is none."""
     path = Path(path)
     if not (path / "config.json").is_file():
         raise UserError(f"{path} is not a run folder: it has no config.json")

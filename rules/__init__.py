@@ -81,7 +81,7 @@ def get_rule(name: str | Path) -> Rule:
 
 
 def load_rule(path: str | Path) -> Rule:
-    """Execute a Python file and add its `RULE` to the rules, under its own name.
+    """Execute the Python file at `path` and add its `RULE` to the rules, under its own name.
 
     Raises:
         UserError: the file cannot be executed, holds no `RULE`, or its name is taken by another rule.

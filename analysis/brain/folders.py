@@ -36,7 +36,7 @@ _FILE_NAME = re.compile(r'[^./\\:*?"<>|\x00-\x1f][^/\\:*?"<>|\x00-\x1f]{0,199}')
 
 
 def save_recording(recording: Recording, folder: str | Path) -> None:
-    """Write a recording as a folder, whole or not at all; `load_recordings` gives back equal numbers and words.
+    """Write `recording` as a new `folder`, whole or not at all; `load_recordings` gives back equal numbers and words.
 
     Images in memory become PNG files, image files are copied; either is called as its stimulus is.
 

@@ -38,7 +38,7 @@ _WORDS = ("regions", "subjects", "names", "stimuli", "groups")
 
 
 def load_recordings(path: str | Path) -> list[Recording]:
-    """Return the recordings in a folder, which is recognised by the files it holds.
+    """Return the recordings in the folder `path`, which is recognised by the files it holds.
 
     | the folder holds | recordings |
     |---|---|

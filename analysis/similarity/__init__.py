@@ -38,7 +38,7 @@ MEASURES: dict[str, Measure] = {measure.name: measure for family in _FAMILIES fo
 
 
 def get_measure(name: str) -> Measure:
-    """Return a measure by name; UserError naming those that exist."""
+    """Return the measure `name`; UserError naming those that exist."""
     if name not in MEASURES:
         raise one_of("measure", name, MEASURES)
     return MEASURES[name]

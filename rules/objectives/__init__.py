@@ -54,7 +54,7 @@ def usual_views(objective: RuleObjective) -> int:
 
 
 def make_objective(name: str, options: Mapping[str, Any] | None = None) -> RuleObjective:
-    """Return the objective `name` with its options, e.g. `make_objective("barlow_twins", {"lambda_": 0.01})`.
+    """Return the objective `name` with its `options`, e.g. `make_objective("barlow_twins", {"lambda_": 0.01})`.
 
     Raises:
         UserError: unknown name or option, or a value outside its range.

@@ -20,6 +20,9 @@ FLAGS = {
     "--over-training --choose-stage --resamples --seed --rule --data --data-root --device --cache --out --debug",
     "cost": "--rule --granularity --cuts --reach --objective --readout --preset --backbone --image-size --batch-size "
     "--precision --set --plot --json --debug",
+    "sweep": "--rule --granularity --reach --objective --preset --backbone --data --data-root --epochs --seed --seeds "
+    "--set --out --plan --jobs --devices --slurm --slurm-set --debug",
+    "report": "--title --measure --images --brain --without --out --rule --data --data-root --device --cache --debug",
     "rules": "--stages --debug",
 }
 
