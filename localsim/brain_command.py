@@ -50,7 +50,7 @@ def add_brain_options(parser: argparse.ArgumentParser) -> None:
                           "0: none)")  # fmt: skip
     how.add_argument("--seed", metavar="N", type=int, default=0,
                      help="of draws, shuffled images, projections, networks by name (default 0)")  # fmt: skip
-    add_where(parser, "brain")
+    add_where(parser, "folder for tables and figures (default: brain/NAMES)")
 
 
 def brain(arguments: argparse.Namespace) -> int:

@@ -184,7 +184,7 @@ def make_parser() -> argparse.ArgumentParser:
                       help="mismatched orders of the images for the tables' chance level (default 100, "
                            "0: none)")  # fmt: skip
     what.add_argument("--seed", metavar="N", type=int, default=0, help="of the draws (default 0)")
-    add_where(compare, "comparisons")
+    add_where(compare, "folder for tables and figures (default: comparisons/NAMES)")
 
     sweep = _command(
         commands, "sweep", "a grid of configurations: plan, train, one table", SWEEP_EXAMPLES, sweep_command

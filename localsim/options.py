@@ -48,7 +48,7 @@ def given(arguments: argparse.Namespace) -> dict[str, Any]:
     return {**named, **more}
 
 
-def add_where(parser: argparse.ArgumentParser, out: str) -> None:
+def add_where(parser: argparse.ArgumentParser, out: str, metavar: str = "DIR") -> None:
     """Add the options of commands that read runs: where their data lie now, and where results go, `out` in words."""
     where = parser.add_argument_group("where")
     where.add_argument("--rule", metavar="FILE", help="the file of a rule of your own, for runs made with it; executed")
@@ -56,7 +56,7 @@ def add_where(parser: argparse.ArgumentParser, out: str) -> None:
     where.add_argument("--data-root", metavar="DIR", help="where the runs' named data set lies now")
     where.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N (default: the runs')")
     where.add_argument("--cache", metavar="DIR", help="keep features there, by their content, for another time")
-    where.add_argument("--out", metavar="DIR", help=f"folder for tables and figures (default: {out}/NAMES)")
+    where.add_argument("--out", metavar=metavar, help=out)
     add_debug(where)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from localsim.options import add_debug
+from localsim.options import add_where
 
 REPORT_EXAMPLES = """\
 examples:
@@ -29,14 +29,7 @@ def add_report_options(parser: argparse.ArgumentParser) -> None:
                            "one of the runs)")  # fmt: skip
     what.add_argument("--without", metavar="NAMES", default="",
                       help="sections to leave out, with commas: similarity, geometry, cost")  # fmt: skip
-    where = parser.add_argument_group("where")
-    where.add_argument("--out", metavar="FILE", help="the page, .html (default: reports/NAMES.html)")
-    where.add_argument("--rule", metavar="FILE", help="the file of a rule of your own, for runs made with it; executed")
-    where.add_argument("--data", metavar="DIR", help="where the runs' folder of images lies now")
-    where.add_argument("--data-root", metavar="DIR", help="where the runs' named data set lies now")
-    where.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N (default: the runs')")
-    where.add_argument("--cache", metavar="DIR", help="keep features there, by their content, for another time")
-    add_debug(where)
+    add_where(parser, "the page, .html (default: reports/NAMES.html)", metavar="FILE")
 
 
 def report(arguments: argparse.Namespace) -> int:
