@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,7 +11,7 @@ from typing import Any, NoReturn
 
 from localsim.brain_command import BRAIN_EXAMPLES, add_brain_options, brain
 from localsim.cost_command import COST_EXAMPLES, add_cost_options
-from localsim.errors import Interrupted, TrainingFailed, UserError
+from localsim.errors import Interrupted, TrainingFailed, UserError, out_of_memory
 from localsim.options import add_debug, add_where, given, int_or_word
 from localsim.report_command import REPORT_EXAMPLES, add_report_options, report
 from localsim.sweep_command import SWEEP_ABOUT, SWEEP_EXAMPLES, add_sweep_options, sweep_command
@@ -78,10 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"localsim: {error}", file=sys.stderr)
         return 1 if isinstance(error, TrainingFailed) else 2
     except (MemoryError, RuntimeError) as error:
-        # torch says so in its own ways on the CPU and on an accelerator
-        if arguments.debug or not (
-            isinstance(error, MemoryError) or re.search("out of memory|not enough memory|allocate memory", str(error))
-        ):
+        if arguments.debug or not out_of_memory(error):
             raise
         print("localsim: out of memory; a smaller --batch-size, projector or image_size needs less", file=sys.stderr)
         return 1

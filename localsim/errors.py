@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 
@@ -23,3 +24,9 @@ class Interrupted(KeyboardInterrupt):
 def one_of(what: str, value: object, allowed: Iterable[object]) -> UserError:
     """Return the error for a `value` of `what` that is not among the `allowed` ones."""
     return UserError(f"unknown {what} {value!r}; allowed: {', '.join(str(a) for a in allowed)}")
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Return whether memory has run out; torch says so in its own ways on the CPU and on an accelerator."""
+    told = re.search("out of memory|not enough memory|allocate memory", str(error))
+    return isinstance(error, MemoryError) or told is not None

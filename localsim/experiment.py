@@ -185,6 +185,8 @@ def _carry_out(opened: Run, prepared: Prepared, say: Say, *, progress: bool, on_
         total = Schedule.of(config, loader.steps_per_epoch, len(net.taps)).total_steps
         if before := runs.checkpoint_step(path):
             say(f"continued after step {before} of {total}\n")
+            if before < total:
+                runs.set_probe_aside(path, before)
         step = train(net, loader, config, path, num_classes=len(data.classes), progress=progress, on_metrics=on_metrics)
         if rows := runs.read_metrics(path):
             plots.save(plots.loss_curves(rows), path / "figures" / "loss.png")

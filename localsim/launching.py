@@ -181,7 +181,9 @@ class ClusterJob:
 
         if self.process is not None:
             self.process.send_signal(signal.SIGINT)
-            self.process.wait()
+            # not wait(): a signal may have called this within the wait of __call__, which holds Popen's lock
+            with suppress(ChildProcessError):
+                os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
         return DelayedSubmission(ClusterJob(self.command, self.path))
 
 

@@ -131,7 +131,8 @@ def writing(path: Path) -> Iterator[None]:
     """Hold the folder's lock; UserError if another process has it. The system frees it when a process dies."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(path / "lock", timeout=0)
+        # a look at a sweep's plan holds it for a moment
+        lock = filelock.FileLock(path / "lock", timeout=1)
         lock.acquire()
     except filelock.Timeout:
         raise UserError(f"{path} is being written by another process; wait for it, or choose another --out") from None
@@ -187,6 +188,13 @@ def append_metrics(path: Path, row: Mapping[str, Any]) -> None:
     """Add one line to `metrics.jsonl`."""
     with (path / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(row, allow_nan=False) + "\n")
+
+
+def set_probe_aside(path: Path, step: int) -> None:
+    """Rename the probe of a run that had been cut short and goes on, `probe-step100.json`: it is not of its end."""
+    for suffix in (".json", ".csv"):
+        if (file := path / f"probe{suffix}").exists():
+            file.rename(path / f"probe-step{step}{suffix}")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

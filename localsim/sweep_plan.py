@@ -146,11 +146,7 @@ def look_at(cell: Cell, measured: Measured, job: str | None = None) -> Planned:
 def _is_finished(path: Path, step: int, measured: Measured) -> bool:
     if not (path / "config.json").exists() or step < measured.steps:
         return False
-    if not measured.probed:
-        return True
-    probe, newest = path / "probe.json", runs.newest_checkpoint(path)
-    # a probe that is older than the weights is of a run that had been cut short by max_steps
-    return probe.exists() and (newest is None or probe.stat().st_mtime >= newest.stat().st_mtime)
+    return not measured.probed or (path / "probe.json").exists()
 
 
 def _is_locked(lock: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,6 +37,7 @@ class Kept:
         measured: costs of configurations, by fingerprint.
         took: seconds that a cell took in all, and that its steps alone should have taken, by name.
         jobs: the last job of a cell on a cluster, by name.
+        rule_files: hashes of the files of one's own rules, by path.
     """
 
     asked: list[Values] = field(default_factory=list)
@@ -43,6 +45,7 @@ class Kept:
     measured: dict[str, dict[str, Any]] = field(default_factory=dict)
     took: dict[str, list[float]] = field(default_factory=dict)
     jobs: dict[str, dict[str, str]] = field(default_factory=dict)
+    rule_files: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, out: Path) -> Kept:
@@ -55,6 +58,15 @@ class Kept:
             return cls(**{f.name: values[f.name] for f in fields(cls)})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file} cannot be read: {type(error).__name__}: {error}") from None
+
+    def check_rule_file(self, file: str) -> None:
+        """Remember what a file of a rule holds; UserError if it held something else: a configuration only names it."""
+        found = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        if self.rule_files.setdefault(file, found) != found:
+            raise UserError(
+                f"{file} has changed since this sweep began, and its cells would not compare; choose another --out, "
+                "or put the file back"
+            )
 
     def write(self, out: Path) -> None:
         """Write `sweep.json`."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from localsim import runs
-from localsim.errors import UserError
+from localsim.errors import UserError, out_of_memory
 from localsim.launching import still_queued, threads_of_each
 from localsim.opening import open_device
 from localsim.sweep_cells import Cell, as_values, covers, in_sentences, make_cells
@@ -99,14 +99,19 @@ def sweep(
         if not kept.asked:
             raise UserError(f"{out} holds no sweep yet; say what varies, e.g. --granularity 1,2,4 --seeds 3")
         cells, left_out, notes = make_cells(kept.asked, kept.settings, out)
+        for file in dict.fromkeys(cell.rule_file for cell in cells if cell.rule_file):
+            kept.check_rule_file(file)
         costs, reasons = _costs(cells, kept, None if slurm else places)
         for label, reason in reasons.items():
             left_out.setdefault(reason, []).append(label)
         notes += in_sentences(left_out)
         if not costs:
             raise UserError(notes[-1])
-        queued = still_queued(kept.jobs, out / "slurm")
-        planned = [look_at(cell, costs[cell.name], queued.get(cell.name)) for cell in cells if cell.name in costs]
+        planned = [look_at(cell, costs[cell.name]) for cell in cells if cell.name in costs]
+        open_jobs = {one.cell.name: kept.jobs[one.cell.name] for one in planned
+                     if one.state != "finished" and one.cell.name in kept.jobs}  # fmt: skip
+        queued = still_queued(open_jobs, out / "slurm")
+        planned = [look_at(one.cell, one.measured, queued.get(one.cell.name)) for one in planned]
         text = plan_text(planned, jobs=len(places), max_steps=max_steps, took=kept.took)
         say("\n".join([text, *([""] if notes else []), *notes, ""]))
         if plan:
@@ -180,6 +185,10 @@ def _costs(
                     kept.measured[mark] = asdict(measure(here) if places else predict(here))
                 except UserError as error:
                     impossible[mark] = str(error)
+                except (MemoryError, RuntimeError) as error:
+                    if not out_of_memory(error):
+                        raise
+                    impossible[mark] = "a step does not fit into memory here"
             if mark in impossible:
                 reasons[cell.label] = impossible[mark]
             else:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from localsim.errors import UserError, one_of
+from localsim.rng import key
 from localsim.rules import (
     auglocal,
     blockwise,
@@ -90,7 +91,9 @@ def load_rule(path: str | Path) -> Rule:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no rule file {path}")
-    spec = importlib.util.spec_from_file_location(f"localsim_rule_{path.stem}", path)
+    # files of one name in different folders are different modules
+    place = key(str(path.resolve())) % 16**8
+    spec = importlib.util.spec_from_file_location(f"localsim_rule_{path.stem}_{place:08x}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look for the names in annotations

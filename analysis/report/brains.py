@@ -33,7 +33,7 @@ def section(runs: Sequence[Reported], asked: Asked) -> Section:
     """Return the section; UserError where a folder was given that holds no scores."""
     files = [file for folder in asked.brain for file in _files(Path(folder))]
     if not asked.brain:  # where `localsim brain` saves unless it is told otherwise
-        files = [file for file in sorted(Path("brain").glob(f"*/*/{SAVED}")) if _names(file) & _folders(runs)]
+        files = [file for file in sorted(Path("brain").glob(f"*/*/{SAVED}")) if _paths(file) & _places(runs)]
     parts: list[Part] = []
     for file in files:
         parts += _scored(file, runs)
@@ -67,16 +67,16 @@ def _read(file: Path) -> Mapping[str, Any]:
     raise UserError(f"{file} cannot be read as scores of `localsim brain`")
 
 
-def _names(file: Path) -> set[str]:
-    """Return the names of the run folders that scores are of."""
+def _paths(file: Path) -> set[Path]:
+    """Return the run folders that scores are of; a name alone does not tell: cells of all sweeps are called alike."""
     try:
-        return {Path(one).name for one in _read(file)["record"].get("runs", ())}
-    except UserError:
+        return {Path(one).resolve() for one in _read(file)["record"].get("runs", ())}
+    except (UserError, TypeError, AttributeError):
         return set()
 
 
-def _folders(runs: Sequence[Reported]) -> set[str]:
-    return {run.run.path.resolve().name for run in runs}
+def _places(runs: Sequence[Reported]) -> set[Path]:
+    return {run.run.path.resolve() for run in runs}
 
 
 def _scored(file: Path, runs: Sequence[Reported]) -> list[Part]:
@@ -88,18 +88,23 @@ def _scored(file: Path, runs: Sequence[Reported]) -> list[Part]:
             Text(f"{metric['summary']} Source: {metric['source']}."),
             *_tables(rows, found["record"]),
         ]
+        for name, caption in FIGURES.items():
+            path = file.parent / f"{name}.png"
+            if path.is_file():
+                alt = _alt(rows) if name == "regimes" else _differences_alt(found.get("differences") or ())
+                parts.insert(2, png_picture(path.read_bytes(), alt, caption))
+    except UserError:  # which is a ValueError too
+        raise
     except (AttributeError, KeyError, TypeError, ValueError):
         raise UserError(f"{file} is not of this version of localsim") from None
-    others = _names(file) - _folders(runs)
-    if others:
+    theirs, ours = {path.name for path in _paths(file)}, {path.name for path in _places(runs)}
+    if others := theirs - ours:
         parts.append(Note(f"These scores are also of runs that this report is not of: {', '.join(sorted(others))}."))
-    if missing := _folders(runs) - _names(file):
+    if missing := ours - theirs:
         parts.append(Note(f"They are not of {', '.join(sorted(missing))}."))
-    for name, caption in FIGURES.items():
-        path = file.parent / f"{name}.png"
-        if path.is_file():
-            alt = _alt(rows) if name == "regimes" else _differences_alt(found.get("differences") or ())
-            parts.insert(2, png_picture(path.read_bytes(), alt, caption))
+    if moved := {path.name for path in _places(runs) - _paths(file)} & theirs:
+        names = ", ".join(sorted(moved))
+        parts.append(Note(f"They were made of folders called {names} in another place: the same runs if moved since."))
     return parts
 
 

@@ -82,8 +82,8 @@ def write_report(
                "measure": measure if measure != "cka_debiased" else None,
                "without": ",".join(without) or None, "title": title, "rule": own and own[1]}  # fmt: skip
     words = [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
-    # of folders and files only the last part
-    words += [word for folder in brain for word in ("--brain", Path(folder).name)]
+    # of places on this machine only the last part
+    words += [w for one in brain for w in ("--brain", Path(one).name if Path(one).is_absolute() else str(one))]
     words += [] if out is None else ["--out", path.name]
     with tempfile.TemporaryDirectory() as temporary:
         asked = Asked(images=images, measure=measure, brain=[str(folder) for folder in brain], device=device,

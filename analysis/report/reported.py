@@ -41,7 +41,8 @@ class Reported:
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics that hold losses."""
-        return [row for row in self.run.metrics() if isinstance(row.get("loss"), dict)]
+        rows = [row for row in self.run.metrics() if isinstance(row, dict) and isinstance(row.get("step"), int)]
+        return [row for row in rows if isinstance(row.get("loss"), dict)]
 
     @cached_property
     def starts(self) -> list[dict[str, Any]]:

@@ -358,6 +358,15 @@ def test_a_run_that_max_steps_stops_says_so(tmp_path, capsys):
     assert "continued after step 3 of 10" in printed and "stopped" not in printed
 
 
+def test_the_probe_of_a_run_that_goes_on_is_not_taken_for_that_of_its_end(tmp_path):
+    run = localsim.run("blockwise", out=tmp_path / "run", quiet=True, **{**TINY, "max_steps": 5})
+    early = run.probe()
+    localsim.run(out=run.path, resume=True, quiet=True, max_steps=7, probe_protocol=None)
+    assert json.loads((run.path / "probe-step5.json").read_text()) == early.to_json()
+    assert (run.path / "probe-step5.csv").exists()
+    assert run.probe() is not None and run.probe() != early
+
+
 def test_a_plan_names_taps_that_change_no_stage_and_losses_by_tap(tmp_path):
     assert "taps stage1 change no stage" in experiment.prepare(tiny_config("interlocking")).plan
     plan = experiment.prepare(tiny_config(objective="cross_entropy,simclr,simclr")).plan

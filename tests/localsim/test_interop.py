@@ -328,6 +328,8 @@ def test_the_python_of_the_guide_runs(tmp_path, monkeypatch, capsys):
     config = Config.from_json(json.loads(Path("upload/config.json").read_text()), "upload")
     assert config == runs.load_run("runs/blockwise").config
     assert "# resnet18 trained by blockwise on embedded" in Path("upload/README.md").read_text()
+    texts = [Path("upload", name).read_text() for name in ("config.json", "README.md")]
+    assert not any(str(Path.cwd()) in text for text in texts)
 
 
 def test_every_command_of_the_guide_parses_and_every_link_leads_somewhere():

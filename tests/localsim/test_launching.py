@@ -166,33 +166,37 @@ def test_a_cluster_job_says_why_it_failed(tmp_path):
 
 
 def test_a_cluster_job_whose_time_is_over_stops_its_process_and_goes_on_later(tmp_path):
-    """Signals that Slurm sends to all processes of a job reach submitit alone."""
+    """As submitit does it: `checkpoint` is called by a signal, within the wait of the job itself.
+
+    Signals that Slurm sends to all processes of a job reach submitit alone.
+    """
     pytest.importorskip("submitit")
     (command,) = scripts(tmp_path, {"a": SLOW.replace("SIGTERM", "SIGINT")}).values()
     job = ClusterJob(command(None), tmp_path / "a")
-    errors = []
+    again, alive = [], []
 
-    def work() -> None:
-        try:
+    def over() -> None:
+        while not (tmp_path / "a" / "ready").exists():
+            time.sleep(0.02)
+        assert job.process is not None
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+            job.process.send_signal(number)
+        time.sleep(0.2)
+        alive.append((Path("/proc") / str(job.process.pid)).exists())
+        os.kill(os.getpid(), signal.SIGUSR2)
+
+    before = signal.signal(signal.SIGUSR2, lambda *_: again.append(job.checkpoint()))
+    thread = threading.Thread(target=over)
+    try:
+        thread.start()
+        with pytest.raises(RuntimeError, match="exit code 130: it printed nothing"):
             job()
-        except RuntimeError as error:
-            errors.append(str(error))
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    while not (tmp_path / "a" / "ready").exists():
-        time.sleep(0.02)
-    assert job.process is not None
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        job.process.send_signal(number)
-    time.sleep(0.2)
-    assert job.process.poll() is None
-    again = job.checkpoint()
-    thread.join()
-    assert (tmp_path / "a" / "stopped").read_text() == "in order"
-    assert errors == ["exit code 130: it printed nothing"]
-    assert (again.function.command, again.function.path) == (job.command, job.path)
-    again.dump(tmp_path / "submitted.pkl")
+    finally:
+        thread.join()
+        signal.signal(signal.SIGUSR2, before)
+    assert alive == [True] and (tmp_path / "a" / "stopped").read_text() == "in order"
+    assert [(one.function.command, one.function.path) for one in again] == [(job.command, job.path)]
+    again[0].dump(tmp_path / "submitted.pkl")
 
 
 # submitit lets go of the processes that it started

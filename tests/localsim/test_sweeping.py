@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import re
 from pathlib import Path
 
@@ -196,6 +195,37 @@ def test_a_failure_is_kept_and_named(unreal, tmp_path, capsys):
     assert list(unreal.commands) == ["granularity2-seed0"]
 
 
+def test_a_cell_that_memory_has_no_room_for_is_left_out(unreal, tmp_path, capsys, monkeypatch):
+    def measure(config):
+        if config.granularity == 1:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 20 GiB")
+        if config.granularity == 5:
+            raise RuntimeError("a mistake of ours")
+        return unreal.measure(config)
+
+    monkeypatch.setattr("localsim.sweeping.measure", measure)
+    result = sweep(granularity=[1, 2], out=tmp_path / "s")
+    assert [one.cell.name for one in result.cells] == ["granularity2-seed0"]
+    assert "granularity1 is left out: a step does not fit into memory here" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="mistake"):
+        sweep(granularity=[5, 2], out=tmp_path / "t", quiet=True)
+
+
+def test_a_rule_file_that_has_changed_is_refused(unreal, tmp_path):
+    """Its configuration is the same, what was trained is not."""
+    file = tmp_path / "swept_once.py"
+    text = (
+        "from localsim.credit import Credit\nfrom localsim.rules.rule import Rule\n"
+        "RULE = Rule(name='swept_once', summary='.', paper='.', credit=Credit.banded)\n"
+    )
+    file.write_text(text)
+    sweep(rule=file, granularity=2, out=tmp_path / "s", quiet=True)
+    sweep(out=tmp_path / "s", quiet=True)
+    file.write_text(text + "# another idea\n")
+    with pytest.raises(UserError, match=r"swept_once\.py has changed since this sweep began"):
+        sweep(out=tmp_path / "s", quiet=True)
+
+
 def test_the_time_left_learns_from_what_cells_took(unreal, tmp_path, capsys):
     """A cell took 20 minutes for the 10 minutes of its steps: so will the others."""
     sweep(granularity=[1, 2, 3], out=tmp_path / "s")
@@ -228,9 +258,9 @@ def test_a_limit_of_steps_holds_for_one_call(unreal, tmp_path, capsys):
     assert not any(word.startswith("max_steps") for word in unreal.commands["granularity1-seed0"])
 
 
-def test_a_probe_of_an_earlier_step_does_not_finish_a_cell(unreal, tmp_path):
+def test_a_cell_without_its_probe_is_not_finished(unreal, tmp_path):
     (result,) = sweep(out=tmp_path / "s", granularity=2, quiet=True).cells
-    os.utime(result.cell.path / "probe.json", (1, 1))
+    (result.cell.path / "probe.json").unlink()
     assert [one.state for one in sweep(out=tmp_path / "s", plan=True, quiet=True).cells] == ["begun"]
     # and where none is wanted, none is missed
     sweep(out=tmp_path / "t", granularity=2, probe_protocol="none", quiet=True)

@@ -6,7 +6,7 @@ Its pictures and numbers come from `python notebooks/execute.py NUMBER`, which a
 from __future__ import annotations
 
 import copy
-import resource
+import re
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,19 +22,22 @@ NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 tool = SimpleNamespace(**runpy.run_path(str(FOLDER / "execute.py")))
 
 by_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem[:2])
-CPU_SECONDS = 60
-"""With tiny values a notebook takes up to 25 s on an idle core; time on the processor grows less under load."""
+TIMEOUT = 600
+"""Seconds; with tiny values a notebook takes up to 25 on an idle core."""
+
+
+def test_all_notebooks_are_there_and_linked():
+    names = [path.name for path in NOTEBOOKS]
+    assert [name[:2] for name in names] == ["01", "02", "03", "04", "05", "06"]
+    linked = re.findall(r"\]\(([^)#]+)\)", (FOLDER / "README.md").read_text(encoding="utf-8"))
+    assert set(names) <= set(linked) and all((FOLDER / one).exists() for one in linked)
 
 
 @by_notebook
 def test_a_clean_kernel_executes_it_with_tiny_values(path, tmp_path):
     beside = sorted(file.name for file in FOLDER.iterdir())
-    before = _children_seconds()
     # raises if a cell fails, or leaves something in the working directory
-    executed = tool.execute(
-        tool.read(path), tmp_path, tiny=True, environment={"OMP_NUM_THREADS": "1"}, timeout=10 * CPU_SECONDS
-    )
-    assert _children_seconds() - before < CPU_SECONDS
+    executed = tool.execute(tool.read(path), tmp_path, tiny=True, environment={"OMP_NUM_THREADS": "1"}, timeout=TIMEOUT)
     assert sorted(file.name for file in FOLDER.iterdir()) == beside
     cleaned = tool.cleaned(executed)
     assert tool.output_faults(cleaned) == []
@@ -58,11 +61,6 @@ def test_its_outputs_are_stored_and_made_by_its_code(path):
 
 def _again(path: Path) -> str:
     return f"run: python notebooks/execute.py {path.stem[:2]}"
-
-
-def _children_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 # -- the command itself -----------------------------------------------------------------------------------------------

@@ -245,6 +245,22 @@ def test_a_file_that_is_no_rule_is_one_sentence(text, said, tmp_path, capsys):
     assert rules == before
 
 
+def test_files_of_one_name_in_two_folders_are_two_modules(tmp_path, monkeypatch):
+    """Else the second would be taken for the first where backbones and dataclasses look their modules up."""
+    monkeypatch.setattr(registry, "_rules", dict(registry._rules))
+    monkeypatch.setattr(registry, "_sources", dict(registry._sources))
+    made = []
+    for folder in ("one", "other"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "same.py").write_text(
+            "from localsim.credit import Credit\nfrom localsim.rules.rule import Rule\n"
+            "def credit(number):\n    return Credit.banded(number)\n"
+            f"RULE = Rule(name='same_{folder}', summary='.', paper='.', credit=credit)\n"
+        )
+        made.append(load_rule(tmp_path / folder / "same.py").credit.__module__)
+    assert made[0] != made[1] and all(name in sys.modules for name in made)
+
+
 def test_two_files_cannot_share_a_name(tmp_path):
     first, second = (write(tmp_path / f"{file}.py", PLAIN, "plain") for file in ("first", "second"))
     load_rule(first)

@@ -294,13 +294,14 @@ def test_errors_lose_the_folders_of_the_machine():
 
 
 @pytest.fixture
-def scores(tmp_path) -> Path:
+def scores(tmp_path, reported_runs) -> Path:
     """Return a folder as `localsim brain` saves it, of the run `one` and another."""
     from made_up_scores import made_up
 
     path = made_up(regions=("V4", "IT")).save(tmp_path / "brain" / HOSTILE.replace("/", ""))
     found = json.loads((path / SAVED).read_text())
-    (path / SAVED).write_text(json.dumps(found | {"record": found["record"] | {"runs": ["runs/one", "runs/other"]}}))
+    made_of = [str(reported_runs / "one"), "runs/other"]
+    (path / SAVED).write_text(json.dumps(found | {"record": found["record"] | {"runs": made_of}}))
     return path
 
 
@@ -315,6 +316,16 @@ def test_brain_scores_are_shown_with_their_pictures(scores, reported_runs, tmp_p
         assert len([one for one in Page(text).all("img") if "rain scores" in one["alt"]]) == 2
     other = made(tmp_path, reported_runs / "end")
     assert "There are no scores of these runs" in sections(other)["brain"], "of other runs, and not asked for"
+
+
+def test_scores_of_another_run_of_the_same_name_are_not_taken_for_these(scores, reported_runs, tmp_path, monkeypatch):
+    """Cells of all sweeps are called alike."""
+    monkeypatch.chdir(tmp_path)
+    text = (scores / SAVED).read_text()
+    (scores / SAVED).write_text(text.replace(str(reported_runs / "one"), "another/one"))
+    assert "There are no scores of these runs" in sections(made(tmp_path, reported_runs / "one"))["brain"]
+    asked = sections(made(tmp_path, reported_runs / "one", brain=[scores]))["brain"]
+    assert "They were made of folders called one in another place" in asked
 
 
 def test_brain_folders_that_are_none_are_errors(reported_runs, scores, tmp_path):
