@@ -99,7 +99,7 @@ def control_in_words(cells: Sequence[Cell], name: str) -> str:
     if not found:
         return ""
     shown = dict.fromkeys(f"{100 * value:.1f}" for value in (found[0], found[-1]))
-    return f"{name} (line on the scale): {' to '.join(shown)} %"
+    return f"{name} {' to '.join(shown)} %"
 
 
 def probed(probe: str, features: str) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from localsim.analysis.canvas import COLOURS, MARKERS, new_figure, panel_grid, styled
+from localsim.analysis.controls import CONTROLS
 from localsim.analysis.sweep_layout import (
     Layout,
     colour_scale,
@@ -117,8 +118,9 @@ def accuracy_map(table: SweepTable, *, probe: str = "linear", features: str = "r
     for accuracy in sorted(set(base)):
         bar.ax.axhline(accuracy, color=COLOURS[1], linewidth=2.5)
     bar.ax.grid(False)
-    named = control_in_words(cells, "untrained")
-    title = f"{made_of(table)}\n{named}" if named else made_of(table)
+    named = [words for name in CONTROLS if (words := control_in_words(cells, name))]
+    what = f"{' and '.join(named)} (untrained: line on the scale); judge by the better"
+    title = f"{made_of(table)}\n{what}" if named else made_of(table)
     figure.suptitle(title, fontsize=9.5, x=0.01, horizontalalignment="left")
     return figure
 

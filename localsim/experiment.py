@@ -86,6 +86,8 @@ def run(
         config = resolve(rule or "blockwise", preset, settings)
         opened = Run(Path(out) if out is not None else _default_folder(config), config)
         runs.refuse_existing(opened.path)
+        if opened.path.is_dir() and any(one.name != "lock" for one in opened.path.iterdir()):
+            raise UserError(f"{opened.path} holds something else than a run; choose another --out, or an empty folder")
     # all that can be wrong with a configuration shows here, before a folder is made
     prepared = prepare(opened.config)
     with runs.writing(opened.path):

@@ -109,6 +109,8 @@ class Run:
 def load_run(path: str | Path) -> Run:
     """Open the run folder `path`; UserError if it is none."""
     path = Path(path)
+    if (path / "sweep.json").is_file():
+        raise UserError(f"{path} is a sweep, not a run; its runs are the folders in it: {path}/*-seed*")
     if not (path / "config.json").is_file():
         raise UserError(f"{path} is not a run folder: it has no config.json")
     return Run(path, Config.from_json(_read_json(path / "config.json"), path / "config.json"))

@@ -15,6 +15,7 @@ from localsim import runs
 from localsim.config import FREE, Config
 from localsim.credit import Credit
 from localsim.errors import UserError, one_of
+from localsim.partition import GRANULARITIES
 from localsim.presets import resolve
 from localsim.rng import key
 from localsim.rules import get_rule
@@ -90,6 +91,8 @@ def _plain(name: str, value: Any) -> Any:
     """Return a value as JSON can hold it, meaning the same in any working directory."""
     if isinstance(value, Credit):
         return value.to_config()
+    if name == "granularity" and isinstance(value, str) and value not in GRANULARITIES:
+        raise one_of("granularity", value, ("a number", *GRANULARITIES))  # a slip, not a cell to leave out
     if name == "rule":
         get_rule(value)  # an unknown one is an error, not a cell to leave out
         return str(Path(value).resolve()) if str(value).endswith(".py") else str(value)

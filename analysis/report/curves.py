@@ -98,7 +98,8 @@ def _panels(curves: Curves, unit: str) -> Figure:
                 # a marker here and there: stages can be told apart without colours
                 (line,) = axes.plot(
                     steps, running_median(values, len(values) // 40), color=colour, linewidth=1.3,
-                    marker=MARKERS[place % len(MARKERS)], markersize=4, markevery=(place, max(1, len(steps) // 5)),
+                    marker=MARKERS[place % len(MARKERS)], markersize=4,
+                    markevery=(min(place, len(steps) - 1), max(1, len(steps) // 5)),
                 )  # fmt: skip
                 handles[place] = line
         axes.set_title(wrapped(regime), fontsize=9.5)
@@ -123,7 +124,7 @@ def _held(held: Mapping[str, tuple[Sequence[int], Sequence[float]]]) -> Figure:
     for number, (label, (steps, values)) in enumerate(held.items()):
         axes.plot(steps, np.array(values) / 2**20, color=COLOURS[number % len(COLOURS)], label=label, markersize=4,
                   marker=MARKERS[(number + number // len(COLOURS)) % len(MARKERS)], linewidth=1.3,
-                  markevery=(number, max(1, len(steps) // 5)))  # fmt: skip
+                  markevery=(min(number, len(steps) - 1), max(1, len(steps) // 5)))  # fmt: skip
     axes.set(xlabel="step", ylabel="held MiB")
     axes.set_ylim(bottom=0)
     figure.legend(loc="outside lower center", ncols=2)

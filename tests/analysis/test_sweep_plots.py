@@ -61,7 +61,7 @@ def test_the_map_has_means_and_numbers_of_seeds_and_hatches_the_rest():
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("granularity", "reach")
     # the untrained network of each seed is a line on the scale, which begins just below them
     assert sorted(line.get_ydata()[0] for line in bar.get_lines()) == pytest.approx([0.16, 0.17])
-    assert 0.14 < bar.get_ylim()[0] < 0.16 and "untrained (line on the scale): 16.5 %" in figure.get_suptitle()
+    assert 0.14 < bar.get_ylim()[0] < 0.16 and "untrained 16.5 %" in figure.get_suptitle()
     assert "n = 1000 test images" in figure.get_suptitle()
 
 

@@ -233,6 +233,13 @@ DIFFERENT = [
 ]
 
 
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
+    (tmp_path / "plan.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds something else than a run; choose another --out"):
+        localsim.run("blockwise", out=tmp_path, quiet=True, **TINY)
+    assert [file.name for file in tmp_path.iterdir()] == ["plan.txt"]
+
+
 def test_runs_of_different_settings_have_different_folders_and_of_equal_ones_the_same():
     def folder(settings: dict) -> Path:
         given = {"rule": "blockwise", "preset": None, **settings}

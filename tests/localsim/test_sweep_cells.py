@@ -187,3 +187,8 @@ def test_another_configuration_under_a_cells_name_is_an_error_that_names_the_fie
     # and of two lists for one folder
     with pytest.raises(UserError, match=r"seed0 holds lr=0\.003, but 0\.1 is asked for"):
         make_cells([asked(), asked(lr=0.1)], {}, tmp_path)
+
+
+def test_a_slip_in_a_list_is_an_error_and_no_cell_to_leave_out():
+    with pytest.raises(UserError, match="unknown granularity 'x'; allowed: a number, network, stage, block"):
+        as_values({"granularity": [1, "x"]})
