@@ -307,6 +307,7 @@ def test_timm_is_asked_where_it_is_installed(monkeypatch):
         data=SimpleNamespace(resolve_model_data_config=lambda model: shown),
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "timm", fake)
+    monkeypatch.setitem(sys.modules, "timm.data", fake.data)
     source = Source.of("timm:vit", seed=1)
     assert (source.size, source.mean, source.std) == (96, (0.1, 0.2, 0.3), (1, 2, 3))
     Source.of("timm:vit:pretrained")

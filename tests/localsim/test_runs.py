@@ -57,6 +57,7 @@ def newest(path: Path) -> Path:
 
 def test_a_finished_run_holds_these_files_and_no_others(finished):
     files = {str(file.relative_to(finished)) for file in finished.rglob("*") if file.is_file()}
+    files = {file for file in files if not file.startswith("tensorboard/")}  # where it is installed
     checkpoints = [f"checkpoints/{step:08d}" for step in (5, 10)]
     saved = ("trunk.safetensors", "taps.safetensors", "optimizer.pt", "monitor.pt", "progress.json")
     assert files == {

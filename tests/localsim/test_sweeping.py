@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny import TINY, assert_same_tensors, checkpoint_tensors, tiny_config, train_in
 
-from localsim import runs, sweep_work
+from localsim import rules, runs, sweep_work
 from localsim.analysis import sweeps
 from localsim.errors import Interrupted, UserError
 from localsim.sweep_plan import Measured, all_together, factor, minutes, predict
@@ -211,8 +211,10 @@ def test_a_cell_that_memory_has_no_room_for_is_left_out(unreal, tmp_path, capsys
         sweep(granularity=[5, 2], out=tmp_path / "t", quiet=True)
 
 
-def test_a_rule_file_that_has_changed_is_refused(unreal, tmp_path):
+def test_a_rule_file_that_has_changed_is_refused(unreal, tmp_path, monkeypatch):
     """Its configuration is the same, what was trained is not."""
+    monkeypatch.setattr(rules, "_rules", dict(rules._rules))
+    monkeypatch.setattr(rules, "_sources", dict(rules._sources))
     file = tmp_path / "swept_once.py"
     text = (
         "from localsim.credit import Credit\nfrom localsim.rules.rule import Rule\n"
