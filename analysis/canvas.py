@@ -70,6 +70,11 @@ def panel_grid(figure: Figure, number: int, columns: int, *, share_y: bool = Fal
     return list(grid.flat)[:number]
 
 
+def percent(value: float, _place: float = 0) -> str:
+    """Return a share as per cent, for the ticks of an axis."""
+    return f"{100 * value:.3g} %"
+
+
 def in_order(axes: Axes, labels: Sequence[str]) -> list[Any]:
     """Return the legend handles of these labels, in this order, those that exist."""
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))

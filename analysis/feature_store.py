@@ -205,6 +205,20 @@ def new_folder(path: Path) -> Iterator[FolderWriter]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Give a folder to write to, which takes the place of `path`, if empty, as soon as all is written; OSError."""
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if path.is_dir():
+            path.rmdir()
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def refuse_existing(path: Path) -> None:
     """Raise UserError if there is something at `path` other than an empty folder."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from localsim.analysis import trunk
-from localsim.analysis.canvas import FORMATS, STYLE, in_order, new_figure, save, styled
+from localsim.analysis.canvas import FORMATS, STYLE, in_order, new_figure, percent, save, styled
 from localsim.analysis.comparison_plots import (
     comparison_figures,
     similarity_map,
@@ -68,7 +68,7 @@ def accuracy_by_stage(
         axes.axhline(chance, color="#666666", linestyle="--", linewidth=1.2, label="chance")
     axes.set_xticks(range(len(stages)), stages)
     axes.set_xlim(-0.4, len(stages) - 0.6)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
+    axes.yaxis.set_major_formatter(percent)
     axes.set(title=title, xlabel="stage", ylabel="accuracy")
     # in the order drawn: by default lines without bars (chance) would come first
     figure.legend(handles=in_order(axes, [*drawn, "chance"]), loc="outside right upper")

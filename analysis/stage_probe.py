@@ -98,6 +98,27 @@ class ProbeTable:
         """Return the rows as comma-separated values, one header line, without the settings."""
         return as_csv(self.to_json(), [name for name in ProbeRow.__dataclass_fields__ if name != "settings"])
 
+    def by_stage(self, probe: str, features: str, *, none: str = "-") -> tuple[list[str], dict[int, list[str]]]:
+        """Return accuracies and gains over the controls as text: heads of columns, and by stage what is below them.
+
+        Args:
+            probe, features: which, see `ProbeRow`.
+            none: in place of what was not measured.
+        """
+        rows = self.select(probe=probe, features=features)
+        others = [name for name in self.networks if name not in CONTROLS]
+        controls = [name for name in self.networks if name in CONTROLS]
+        heads = [*controls, *(head for name in others for head in (name, *(f"gain over {c}" for c in controls)))]
+        stages: dict[int, list[str]] = {}
+        for stage in sorted({row.stage for row in rows}):
+            found = {row.network: row for row in rows if row.stage == stage}
+            cells = [_cell(found.get(name)) for name in controls]
+            for name in others:
+                row = found.get(name)
+                cells += [_cell(row), *(_gain_cell(row, control) for control in controls)]
+            stages[stage] = [none if cell is None else cell for cell in cells]
+        return heads, stages
+
     def __str__(self) -> str:
         kinds = list(dict.fromkeys((row.probe, row.features) for row in self.rows))
         n_test, chance = self.rows[0].n_test, self.rows[0].chance
@@ -105,17 +126,9 @@ class ProbeTable:
         if "calibrated" in self.networks:
             blocks[0] += "\ncalibrated: untrained weights with the batch-norm statistics of training images"
         for probe, features in kinds:
-            rows = self.select(probe=probe, features=features)
-            others = [name for name in self.networks if name not in CONTROLS]
-            controls = [name for name in self.networks if name in CONTROLS]
-            heads = [*controls, *(head for name in others for head in (name, *(f"gain over {c}" for c in controls)))]
+            heads, stages = self.by_stage(probe, features)
             lines = [f"{probe} probe, {features} features", "  stage  " + "".join(f"{head:<25}" for head in heads)]
-            for stage in sorted({row.stage for row in rows}):
-                found = {row.network: row for row in rows if row.stage == stage}
-                cells = [_cell(found.get(name)) for name in controls]
-                for name in others:
-                    row = found.get(name)
-                    cells += [_cell(row), *(_gain_cell(row, control) for control in controls)]
+            for stage, cells in stages.items():
                 lines.append(f"  {stage:>5}  " + "".join(f"{cell:<25}" for cell in cells))
             blocks.append("\n".join(line.rstrip() for line in lines))
         return "\n\n".join(blocks)
@@ -345,16 +358,16 @@ def _row(
     )
 
 
-def _cell(row: ProbeRow | None) -> str:
-    return "-" if row is None else f"{row.accuracy:.3f} [{row.low:.3f}, {row.high:.3f}]"
+def _cell(row: ProbeRow | None) -> str | None:
+    return None if row is None else f"{row.accuracy:.3f} [{row.low:.3f}, {row.high:.3f}]"
 
 
-def _gain_cell(row: ProbeRow | None, control: str) -> str:
+def _gain_cell(row: ProbeRow | None, control: str) -> str | None:
     if row is None:
-        return "-"
+        return None
     gains = (
         (row.gain, row.gain_low, row.gain_high)
         if control == "untrained"
         else (row.calibrated_gain, row.calibrated_gain_low, row.calibrated_gain_high)
     )
-    return "-" if None in gains else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*gains)
+    return None if None in gains else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*gains)

@@ -126,8 +126,3 @@ def level(value: Any) -> str:
 def counted(number: int, what: str) -> str:
     """Return how many there are of something, in words."""
     return f"{number} {what}{'s' * (number > 1)}"
-
-
-def percent(value: float, _place: float = 0) -> str:
-    """Return a share as per cent, for the ticks of an axis."""
-    return f"{100 * value:.3g} %"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from localsim.analysis.canvas import COLOURS, MARKERS, new_figure, panel_grid, styled
+from localsim.analysis.canvas import COLOURS, MARKERS, new_figure, panel_grid, percent, styled
 from localsim.analysis.controls import CONTROLS
 from localsim.analysis.sweep_layout import (
     Layout,
@@ -24,7 +24,6 @@ from localsim.analysis.sweep_layout import (
     level_colours,
     made_of,
     panels_of,
-    percent,
     probed,
     series,
     setting,
@@ -37,6 +36,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 GREY = "#777777"
+LOOKS = dict(zip(CONTROLS, (("--", "_"), (":", "x")), strict=True))
+"""Line and marker of each control."""
 
 
 def sweep_figures(table: SweepTable) -> dict[str, Figure]:
@@ -188,14 +189,14 @@ def accuracy_profiles(table: SweepTable, *, probe: str = "linear", features: str
     figure, _ = new_figure(2.6 + 1.75 * across, 0.7 + 2.5 * -(-len(panels) // across), axes=False)
     grid, handles = panel_grid(figure, len(panels), across, share_y=True), {}
     for axes, (title, ends) in zip(grid, panels.items(), strict=True):
-        for name, look in {"untrained": "--", "calibrated": ":"}.items():
+        for name, (look, marker) in LOOKS.items():
             drawn: list[list[tuple[float, float]]] = []
             for end in ends:
                 points = [(at.rows[0].depth, own.mean) for at in by_depth[id(end)] if (own := control([at], name))]
                 if points and points not in drawn:
                     drawn.append(points)
                     (handles[name],) = axes.plot(*zip(*points, strict=True), look, color=GREY, linewidth=1.2,
-                                                 marker="_" if name == "untrained" else "x", markersize=4)  # fmt: skip
+                                                 marker=marker, markersize=4)  # fmt: skip
         for end in (end for end in ends if end.path):
             place = lines.index(end.settings[layout.y] if layout.y else None)
             colour, marker = COLOURS[place % len(COLOURS)], MARKERS[(place + place // len(COLOURS)) % len(MARKERS)]
@@ -212,7 +213,7 @@ def accuracy_profiles(table: SweepTable, *, probe: str = "linear", features: str
         axes.yaxis.set_major_formatter(percent)
     grid[0].set_ylabel(probed(probe, features))
     figure.supxlabel("depth of a stage's output (share of the unit blocks)", fontsize=10)
-    controls = [name for name in ("untrained", "calibrated") if name in handles]
+    controls = [name for name in CONTROLS if name in handles]
     draw_legend(figure, table, last, {**{n: h for n, h in handles.items() if n not in controls},
                                   **{name: handles[name] for name in controls}})  # fmt: skip
     return figure
@@ -267,7 +268,7 @@ def _scatter(
 def _controls(axes: Axes, places: Sequence[tuple[float, Cell]]) -> dict[str, Any]:
     """Draw the controls of cells: lines where they share them, the untrained with its band, else marks at each."""
     cells, handles = [cell for _, cell in places], {}
-    for name, line, marker in (("untrained", "--", "_"), ("calibrated", ":", "x")):
+    for name, (line, marker) in LOOKS.items():
         if shared := control(cells, name):
             handles[name] = axes.axhline(shared.mean, color=GREY, linestyle=line, linewidth=1.3, zorder=1)
             if name == "untrained":

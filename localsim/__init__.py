@@ -1,8 +1,9 @@
 """localsim: how far must a learning signal travel?
 
 `localsim.run(...)` trains a rule, `localsim.sweep(...)` a grid of them, `localsim.load_run(path)` opens what was kept,
-`localsim.load_trunk(path)` as a torchvision network, `localsim.build(...)` returns an untrained network, `localsim.engine.backward(...)` computes one step's gradients. Everything is imported when it is first used.
-"""  # noqa: E501
+`localsim.load_trunk(path)` as a torchvision network, `localsim.build(...)` returns an untrained network,
+`localsim.engine.backward(...)` computes one step's gradients. Everything is imported when it is first used.
+"""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from localsim.errors import UserError
-from localsim.options import add_where
+from localsim.options import add_layers, add_where
 
 BRAIN_EXAMPLES = """\
 examples:
@@ -33,9 +33,7 @@ def add_brain_options(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--metric", metavar="NAME",
                      help="ridgecv (default), pls, ridge, cka, rdm (default for RDMs), rsa; or several: "
                           "pls,rdm")  # fmt: skip
-    how.add_argument("--layers", metavar="WHICH", default="ends",
-                     help="ends (default: what ends the backbone's own stages), stages, units, readouts, or modules by "
-                          "name: layer2,layer3.0.conv1")  # fmt: skip
+    add_layers(how)
     how.add_argument("--spatial", metavar="HOW", default="upto4x4",
                      help="maps become vectors by regions (default upto4x4: 4x4, or the map where that is smaller), "
                           "mean, flatten, or project1000 (any number)")  # fmt: skip

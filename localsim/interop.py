@@ -12,12 +12,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from localsim.assembly import build_credit, build_trunk
+from localsim.assembly import build_trunk
 from localsim.backbones import BACKBONES, trunk_state_dict
 from localsim.config import Config
 from localsim.errors import UserError, one_of
 from localsim.network import LocalNetwork
-from localsim.runs import Run, load_plain, load_run, load_tensors, newest_checkpoint
+from localsim.runs import Run, load_plain, load_run, load_tensors, opened_run
 
 LIBRARIES = ("torchvision", "timm")
 CLASSIFIERS = ("fc.", "classifier.", "pre_logits.", "head.")
@@ -50,8 +50,8 @@ def load_trunk(
         raise one_of("library", library, LIBRARIES)
     if num_classes is not None and (type(num_classes) is not int or num_classes < 1):
         raise UserError(f"num_classes is {num_classes!r}; allowed: whole numbers from 1, or None for no classifier")
-    config = (run if isinstance(run, Run) else load_run(run)).config
-    weights = trunk_weights(run, which)
+    run = opened_run(run)
+    config, weights = run.config, trunk_weights(run, which)
     with torch.device("meta"):  # nothing is drawn and nothing allocated: the run's weights are put in place
         model = _plain_model(config, library, num_classes)
     _replace_end(model, config.backbone, library, num_classes)
@@ -126,15 +126,13 @@ def _checked(state: Any, what: str) -> dict[str, Tensor]:
 
 
 def _weights_of_run(run: Run, which: str | int) -> dict[str, Tensor]:
-    if which not in (allowed := ("trained", "untrained", *run.snapshots)):
-        raise one_of("network", which, allowed)
-    folder = run.path / "snapshots" / f"{which:08d}" if isinstance(which, int) else newest_checkpoint(run.path)
-    if which == "untrained" or folder is None:
-        backbone, stages = build_trunk(run.config)
-        if which == "trained" and build_credit(run.config, len(stages)).num_taps:
-            raise UserError(f"{run.path} has no checkpoint yet; continue it with `localsim run --resume`")
-        return trunk_state_dict(backbone.units)
-    return load_tensors(folder / "trunk.safetensors")
+    folder = run.weights(which)
+    if folder is not None:
+        return load_tensors(folder / "trunk.safetensors")
+    if which == "trained":  # the network says so if it should have been
+        return run.network().trunk_state_dict()
+    backbone, _ = build_trunk(run.config)
+    return trunk_state_dict(backbone.units)
 
 
 def _plain_model(config: Config, library: str, num_classes: int | None) -> nn.Module:

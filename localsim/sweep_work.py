@@ -12,8 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import filelock
-
 from localsim import runs
 from localsim.errors import Interrupted, UserError
 from localsim.files import write_json
@@ -76,18 +74,9 @@ class Kept:
 @contextmanager
 def alone(out: Path) -> Iterator[None]:
     """Hold the lock of a sweep's folder, which is made; UserError if another sweep has it."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(out / "sweep.lock", timeout=0)
-        lock.acquire()
-    except filelock.Timeout:
-        raise UserError(f"another sweep is at work in {out}; wait for it, or see how far it is with --plan") from None
-    except OSError as error:
-        raise UserError(f"sweep folder {out} cannot be written: {error.strerror or error}") from None
-    try:
+    taken = f"another sweep is at work in {out}; wait for it, or see how far it is with --plan"
+    with runs.locked(out / "sweep.lock", "sweep", taken):
         yield
-    finally:
-        lock.release()
 
 
 @dataclass

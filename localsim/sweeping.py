@@ -111,7 +111,9 @@ def sweep(
         open_jobs = {one.cell.name: kept.jobs[one.cell.name] for one in planned
                      if one.state != "finished" and one.cell.name in kept.jobs}  # fmt: skip
         queued = still_queued(open_jobs, out / "slurm")
-        planned = [look_at(one.cell, one.measured, queued.get(one.cell.name)) for one in planned]
+        # again, and only now: a job that has left the queue meanwhile may have finished its cell
+        planned = [look_at(one.cell, one.measured, queued.get(one.cell.name)) if one.cell.name in open_jobs else one
+                   for one in planned]  # fmt: skip
         text = plan_text(planned, jobs=len(places), max_steps=max_steps, took=kept.took)
         say("\n".join([text, *([""] if notes else []), *notes, ""]))
         if plan:

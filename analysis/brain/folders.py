@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 import re
-import secrets
 import shutil
 import zipfile
 import zlib
@@ -19,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from localsim.analysis.brain.recordings import Recording
-from localsim.analysis.feature_store import refuse_existing
+from localsim.analysis.feature_store import refuse_existing, whole_folder
 from localsim.data import ImageSet
 from localsim.data.datasets import MAX_BYTES_IN_MEMORY
 from localsim.data.images import EXTENSIONS, UnreadableImageError, decode, find_images
@@ -67,19 +66,14 @@ def save_recording(recording: Recording, folder: str | Path) -> None:
     # the file is called as the array that it must have
     file = f"{'rdms' if recording.responses is None else 'responses'}.npz"
 
-    partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
     try:
-        (partial / IMAGES).mkdir(parents=True)
-        _write_images(recording, partial / IMAGES)
-        np.savez_compressed(partial / file, **arrays)  # type: ignore[arg-type]
-        write_json(partial / ABOUT, about)
-        if folder.is_dir():
-            folder.rmdir()
-        partial.rename(folder)
+        with whole_folder(folder) as partial:
+            (partial / IMAGES).mkdir()
+            _write_images(recording, partial / IMAGES)
+            np.savez_compressed(partial / file, **arrays)  # type: ignore[arg-type]
+            write_json(partial / ABOUT, about)
     except OSError as error:
         raise UserError(f"the recording could not be written to {folder}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 # -- recording.json ---------------------------------------------------------------------------------------------------

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import secrets
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from hashlib import sha256
@@ -18,7 +16,7 @@ from torch import nn
 from localsim import __version__
 from localsim.analysis.brain.models import identifier_of, requests_for
 from localsim.analysis.extraction import feature_batches
-from localsim.analysis.feature_store import refuse_existing
+from localsim.analysis.feature_store import refuse_existing, whole_folder
 from localsim.analysis.sources import Source
 from localsim.analysis.spatial import POOLED, Reducer
 from localsim.assembly import build_credit, build_trunk, open_patches, trunk_size
@@ -111,17 +109,12 @@ def export_plugin(
     if not re.fullmatch(r"[A-Za-z0-9._-]+", identifier):
         raise UserError(f"identifier {identifier!r} cannot be a plugin's; allowed: letters, digits, dot, _ and -")
     alone = _torchvision_layers(opened, source.network, region_layers, spatial)
-    partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
+    layers = alone or dict(region_layers)
     try:
-        partial.mkdir(parents=True)
-        _write(partial, opened, source, alone or dict(region_layers), identifier, degrees, spatial, which, bool(alone))
-        if folder.is_dir():
-            folder.rmdir()
-        partial.rename(folder)
+        with whole_folder(folder) as partial:
+            _write(partial, opened, source, layers, identifier, degrees, spatial, which, bool(alone))
     except OSError as error:
         raise UserError(f"plugin {folder} cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return identifier
 
 

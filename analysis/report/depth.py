@@ -13,10 +13,9 @@ from localsim.analysis.extract import has_batch_norm
 from localsim.analysis.geometry import GeometryRow
 from localsim.analysis.regimes import Layer, common_images, open_subjects
 from localsim.analysis.report.asked import Asked
-from localsim.analysis.report.elements import Note, Part, Section, Table, in_interval, listed, picture, said
-from localsim.analysis.report.reported import Reported
+from localsim.analysis.report.elements import Part, Section, Table, in_interval, listed, parts_or_note, picture
+from localsim.analysis.report.reported import Reported, usable_runs
 from localsim.analysis.statistics import check_resamples
-from localsim.errors import UserError
 
 QUANTITIES = {"participation_ratio": "participation ratio", "effective_rank": "effective rank"}
 RESAMPLES = 100
@@ -26,24 +25,18 @@ Found = dict[Layer, tuple[int, dict[str, GeometryRow]]]
 
 def section(runs: Sequence[Reported], asked: Asked) -> Section:
     """Return the section."""
-    try:
-        parts = _described(runs, asked)
-    except (UserError, OSError) as error:
-        parts: list[Part] = [Note(f"Not computed: {said(error)}")]
     return Section(
         "geometry", "Geometry",
         "How many dimensions the features of what ends the backbone's own stages fill on the runs' own test images, "
         "beside the untrained and the calibrated network. Both numbers grow with the number of images, so they can be "
         "compared at the same n only; more dimensions are neither better nor worse. Intervals are 95 % over images (of "
         "halves of them) at this n.",
-        parts,
+        parts_or_note(lambda: _described(runs, asked), "Not computed"),
     )  # fmt: skip
 
 
 def _described(runs: Sequence[Reported], asked: Asked) -> list[Part]:
-    usable = [run for run in runs if run.usable]
-    if not usable:
-        raise UserError("no run has a checkpoint")
+    usable = usable_runs(runs)
     images = common_images([run.run for run in usable], asked.images)
     check_resamples(len(images), RESAMPLES)
     # what has no batch norm has no calibrated control

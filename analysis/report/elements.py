@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
@@ -149,6 +149,14 @@ def said(error: Exception) -> str:
     """Return what an error says, as a sentence without the folders of this machine."""
     text = _FOLDERS.sub(".../", str(error))
     return text if text.endswith(".") else f"{text}."
+
+
+def parts_or_note(make: Callable[[], list[Part]], words: str) -> list[Part]:
+    """Return what `make` returns or, where images or weights cannot be had, a note of these words and why."""
+    try:
+        return make()
+    except (UserError, OSError) as error:
+        return [Note(f"{words}: {said(error)}")]
 
 
 def in_interval(value: float | None, low: float | None, high: float | None, form: str = ".3f") -> str:

@@ -9,8 +9,17 @@ from localsim.analysis.comparison import Comparison, compare
 from localsim.analysis.comparison_plots import similarity_map, similarity_matrix, similarity_profiles
 from localsim.analysis.profiles import ProfilePoint
 from localsim.analysis.report.asked import Asked
-from localsim.analysis.report.elements import Fold, Note, Part, Section, Table, in_interval, listed, picture, said
-from localsim.analysis.report.reported import Reported
+from localsim.analysis.report.elements import (
+    Fold,
+    Part,
+    Section,
+    Table,
+    in_interval,
+    listed,
+    parts_or_note,
+    picture,
+)
+from localsim.analysis.report.reported import Reported, usable_runs
 from localsim.errors import UserError
 
 Profile = tuple[str, str, bool, list[ProfilePoint]]
@@ -19,24 +28,18 @@ Profile = tuple[str, str, bool, list[ProfilePoint]]
 
 def section(runs: Sequence[Reported], asked: Asked) -> Section:
     """Return the section."""
-    try:
-        parts = _compared(runs, asked)
-    except (UserError, OSError) as error:
-        parts: list[Part] = [Note(f"Not compared: {said(error)}")]
     return Section(
         "similarity", "Similarity",
         f"How alike what ends the backbone's own stages is, within and between regimes, by {asked.measure}, on the "
         "runs' own test images, beside the untrained network of each seed; features are maps averaged over positions. "
         "Runs of one seed share their initial weights and order of images, so pairs of the same seed and of different "
         "seeds are kept apart. Alike is not equally good, nor does it say what is alike.",
-        parts,
+        parts_or_note(lambda: _compared(runs, asked), "Not compared"),
     )  # fmt: skip
 
 
 def _compared(runs: Sequence[Reported], asked: Asked) -> list[Part]:
-    usable = [run for run in runs if run.usable]
-    if not usable:
-        raise UserError("no run has a checkpoint")
+    usable = usable_runs(runs)
     if all(not run.trains for run in usable):
         raise UserError("no run has learned anything")
     found = compare(

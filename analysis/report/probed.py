@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from localsim.analysis.canvas import COLOURS, new_figure, panel_grid, styled, wrapped
+from localsim.analysis.canvas import COLOURS, new_figure, panel_grid, percent, styled, wrapped
 from localsim.analysis.controls import CONTROLS
-from localsim.analysis.report.elements import Fold, Note, Part, Section, Table, Text, in_interval, listed, picture, said
+from localsim.analysis.report.elements import Fold, Note, Part, Section, Table, Text, listed, picture, said
 from localsim.analysis.report.reported import Reported, by_regime
 from localsim.analysis.stage_probe import ProbeRow, ProbeTable
 from localsim.errors import UserError
@@ -111,7 +111,7 @@ def _panels(regimes: dict[str, list[tuple[dict[int, float], ProbeTable]]], chanc
         handles["chance"] = axes.axhline(chance, color="#888888", linewidth=1, linestyle=(0, (1, 2)))
         axes.set_title(wrapped(regime), fontsize=9.5)
         axes.set_xlim(0, 1.06)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
+        axes.yaxis.set_major_formatter(percent)
     for axes in panels[-columns:]:  # a label of the figure would lie under the legend
         axes.set_xlabel("depth (share of the unit blocks)")
     figure.supylabel("accuracy", fontsize=10)
@@ -145,31 +145,10 @@ def _tables(label: str, table: ProbeTable) -> list[Part]:
 
 
 def _table(label: str, table: ProbeTable, probe: str, features: str) -> Table:
-    rows = table.select(probe=probe, features=features)
-    controls = [name for name in table.networks if name in CONTROLS]
-    trained = [name for name in table.networks if name not in CONTROLS]
-    head = ["stage", *controls, *(part for name in trained for part in (name, *(f"gain over {c}" for c in controls)))]
-    lines = []
-    for stage in sorted({row.stage for row in rows}):
-        found = {row.network: row for row in rows if row.stage == stage}
-        cells = [_accuracy(found.get(name)) for name in controls]
-        for name in trained:
-            row = found.get(name)
-            cells += [_accuracy(row), *(_gain(row, control) for control in controls)]
-        lines.append([str(stage), *cells])
+    first = table.select(probe=probe, features=features)[0]
+    heads, stages = table.by_stage(probe, features, none="–")
     return Table(
-        f"{label}: {KINDS[probe, features]}. Accuracy with 95 % interval over n = {rows[0].n_test} test images; chance "
-        f"is {rows[0].chance:.3g}.",
-        head, lines,
+        f"{label}: {KINDS[probe, features]}. Accuracy with 95 % interval over n = {first.n_test} test images; chance "
+        f"is {first.chance:.3g}.",
+        ["stage", *heads], [[str(stage), *cells] for stage, cells in stages.items()],
     )  # fmt: skip
-
-
-def _accuracy(row: ProbeRow | None) -> str:
-    return "–" if row is None else in_interval(row.accuracy, row.low, row.high)
-
-
-def _gain(row: ProbeRow | None, control: str) -> str:
-    if row is None:
-        return "–"
-    prefix = "" if control == "untrained" else "calibrated_"
-    return in_interval(*(getattr(row, f"{prefix}gain{end}") for end in ("", "_low", "_high")), form="+.3f")

@@ -148,6 +148,14 @@ def open_reported(runs: Sequence[str | Path | Run], **moved: str | None) -> list
     return [Reported(*one) for one in zip(opened, names, regimes, labels, strict=True)]
 
 
+def usable_runs(runs: Sequence[Reported]) -> list[Reported]:
+    """Return the runs that have a network to look at; UserError if none has."""
+    usable = [run for run in runs if run.usable]
+    if not usable:
+        raise UserError("no run has a checkpoint")
+    return usable
+
+
 def by_regime(runs: Sequence[Reported]) -> dict[str, list[Reported]]:
     """Return the runs of each regime, in order."""
     found: dict[str, list[Reported]] = {}
