@@ -129,6 +129,7 @@ def build_tap(
     objective_name = at_tap(objectives, tap, num_taps, "objective")
     head_name = at_tap(heads, tap, num_taps, "head")
     place = tap / (num_taps - 1) if num_taps > 1 else 1.0
+    objective = make_objective(objective_name, options_at(config.objective_options, objective_name, objectives, place))
     patches = open_patches(config)
     with keyed(config.seed, "init", "readout", tap):
         readout = make_readout(
@@ -158,7 +159,6 @@ def build_tap(
     )
     with keyed(config.seed, "init", "projector", tap):
         head = make_head(head_name, site, options_at(config.head_options, head_name, heads, place), kind=readout.kind)
-    objective = make_objective(objective_name, options_at(config.objective_options, objective_name, objectives, place))
     contexts = {"top": len(stages) - 1, "images": IMAGES}
     made = Tap(stage, readout, head, objective, context=contexts.get(getattr(head, "context", "")))
     if config.provenance == "frozen":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,6 +83,8 @@ class Config:
     max_steps: int | None = field(default=None, metadata={"free": True})  # stop after so many; the schedule stays
     device: str = field(default="auto", metadata={"free": True})
     workers: int = field(default=0, metadata={"free": True})  # processes that decode streamed images
+    parallel: str = field(default="data", metadata={"free": True})  # what several processes divide: data, blocks
+    timeout_seconds: float = field(default=600.0, metadata={"free": True})  # the longest wait for another process
     checkpoint_minutes: float = field(default=5.0, metadata={"free": True})  # besides the end of every epoch
     snapshot_every: int = field(default=0, metadata={"free": True})  # keep the weights after every n-th epoch; 0: none
 
@@ -89,9 +93,11 @@ class Config:
             value = getattr(self, name)
             if not (_is_number(value) and 0 < value < math.inf):
                 raise UserError(f"{name} is {value!r}; allowed: numbers above 0")
+        if self.backbone_width > _WIDEST:
+            raise UserError(f"backbone_width is {self.backbone_width:g}; allowed: numbers above 0, up to {_WIDEST}")
         for name, low in _AT_LEAST.items():
             value = getattr(self, name)
-            if value is not None and not (_is_number(value) and low <= value < math.inf):
+            if not (_may_be_none(name, value) or (_is_number(value) and low <= value < math.inf)):
                 raise UserError(f"{name} is {value!r}; allowed: numbers from {low}")
         for name, allowed in _ONE_OF.items():
             if getattr(self, name) not in allowed:
@@ -101,6 +107,11 @@ class Config:
         for name in _TEXT:
             if not isinstance(getattr(self, name), str):
                 raise UserError(f"{name} is {getattr(self, name)!r}; allowed: text")
+        for name in (*_TEXT, "granularity", "data_root"):
+            if _NO_TEXT.search(str(getattr(self, name))) or len(str(getattr(self, name))) > _LONGEST:
+                raise UserError(
+                    f"{name} is {getattr(self, name)!r}; allowed: at most {_LONGEST} characters that can be printed"
+                )
         for name in ("credit", "objective_options", "head_options"):
             value = getattr(self, name)
             if not (isinstance(value, dict) or (name == "credit" and value is None)):
@@ -114,10 +125,12 @@ class Config:
             raise UserError(f"granularity is {self.granularity!r}; allowed: a number, network, stage, block")
         for name in _WHOLE:
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int) and not isinstance(value, bool)):
+            if not (_may_be_none(name, value) or (isinstance(value, int) and not isinstance(value, bool))):
                 raise UserError(f"{name} is {value!r}; allowed: whole numbers")
+            if value is not None and abs(value) >= (limit := 2**63 if name == "seed" else 2**31):
+                raise UserError(f"{name} is {value!r}; allowed: whole numbers below {limit}")
         widths = self.projector
-        if not (isinstance(widths, list | tuple) and all(type(w) is int and w >= 1 for w in widths) and widths):
+        if not (isinstance(widths, list | tuple) and all(type(w) is int and 1 <= w < 2**31 for w in widths) and widths):
             raise UserError(f"projector is {widths!r}; allowed: a list of whole numbers above 0, e.g. [256, 256]")
         object.__setattr__(self, "projector", list(widths))  # a tuple would differ from what config.json gives back
         if self.warmup_epochs >= self.epochs:
@@ -161,10 +174,14 @@ class Config:
         unknown = [name for name in values if name not in known]
         missing = [n for n, f in known.items() if n not in values and f.default is dataclasses.MISSING]
         if unknown or missing:
-            said = [f"unknown entries {', '.join(unknown)}"] * bool(unknown)
+            told = [repr(name)[1:-1] for name in unknown[:5]] + ["..."] * (len(unknown) > 5)
+            said = [f"unknown entries {', '.join(told)}"] * bool(unknown)
             said += [f"missing entries {', '.join(missing)}"] * bool(missing)
             raise UserError(f"{source} is not a configuration of this version of localsim: {'; '.join(said)}")
-        return cls(**values)
+        try:
+            return cls(**values)
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from None
 
     def to_json(self) -> dict[str, Any]:
         """Return the plain values of all fields."""
@@ -190,6 +207,9 @@ class Config:
 FREE = tuple(f.name for f in dataclasses.fields(Config) if f.metadata.get("free"))
 """Fields that do not change a run's numbers."""
 
+_WIDEST = 100
+_LONGEST = 4096  # what a path may have
+_NO_TEXT = re.compile("[\x00-\x1f\ud800-\udfff]")  # control characters, and halves of characters
 _AT_LEAST = {
     "expand_width": 1,
     "num_classes": 2,
@@ -207,6 +227,7 @@ _AT_LEAST = {
     "workers": 0,
     "log_every": 1,
     "checkpoint_minutes": 0,
+    "timeout_seconds": 1,
     "snapshot_every": 0,
 }
 _WHOLE = (
@@ -215,7 +236,7 @@ _WHOLE = (
     "snapshot_every",
 )  # fmt: skip
 _TEXT = ("rule", "preset", "cuts", "objective", "readout", "head", "noise", "backbone", "patches", "stem", "data",
-         "augmentation", "optimizer", "lr_scaling", "precision", "probe_protocol", "device")  # fmt: skip
+         "augmentation", "optimizer", "lr_scaling", "precision", "probe_protocol", "device", "parallel")  # fmt: skip
 _ONE_OF = {
     "provenance": ("private", "identical", "frozen"),
     "schedule": ("simultaneous", "sequential"),
@@ -234,5 +255,13 @@ _ONE_OF = {
 }
 
 
+_OPTIONAL = {f.name for f in dataclasses.fields(Config) if "None" in f.type}  # pyright: ignore[reportOperatorIssue]
+
+
+def _may_be_none(name: str, value: Any) -> bool:
+    return value is None and name in _OPTIONAL
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    # whole numbers in JSON have any length; what no float can hold ends in an overflow sooner or later
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

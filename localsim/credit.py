@@ -41,16 +41,16 @@ class Credit:
     def __post_init__(self) -> None:
         try:
             matrix = np.array(self.matrix, dtype=np.float64)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise UserError("the credit matrix must be a rectangular table of numbers") from None
-        taps = tuple(int(stage) for stage in self.taps)
         if matrix.ndim != 2 or matrix.shape[1] == 0:
             raise UserError(f"a credit matrix is a (taps, stages) table with at least one stage, not {matrix.shape}")
-        if len(taps) != matrix.shape[0]:
-            raise UserError(f"the credit matrix has {matrix.shape[0]} rows but {len(taps)} taps are named")
-        for tap, stage in enumerate(taps):
-            if not 0 <= stage < matrix.shape[1]:
-                raise UserError(f"tap {tap} reads stage {stage}; allowed: 0 to {matrix.shape[1] - 1}")
+        if len(self.taps) != matrix.shape[0]:
+            raise UserError(f"the credit matrix has {matrix.shape[0]} rows but {len(self.taps)} taps are named")
+        for tap, stage in enumerate(self.taps):
+            if not isinstance(stage, int | np.integer) or not 0 <= stage < matrix.shape[1]:
+                raise UserError(f"tap {tap} reads stage {stage!r}; allowed: 0 to {matrix.shape[1] - 1}")
+        taps = tuple(int(stage) for stage in self.taps)
         if list(taps) != sorted(taps):
             raise UserError(f"taps must be listed from the bottom up, not {list(taps)}")
         for (tap, stage), weight in np.ndenumerate(matrix):
@@ -202,6 +202,14 @@ class Credit:
             for stage in range(self.num_stages)
         ]
 
+    def signals_down(self, border: int) -> int:
+        """Return how many signals come down to stage `border - 1` from the taps at and above stage `border`.
+
+        One per group of taps whose credit for what is below the border is proportional: these travel as one.
+        """
+        rows = [row[:border] for top, row in zip(self.taps, self.matrix, strict=True) if top >= border]
+        return len({(row / row.max()).tobytes() for row in rows if row.any()})
+
     def _units(self, units_per_stage: Sequence[int] | None) -> Sequence[int]:
         units = [1] * self.num_stages if units_per_stage is None else units_per_stage
         if len(units) != self.num_stages:
@@ -243,9 +251,10 @@ class Credit:
             )
         try:
             rows = config["matrix"] or np.zeros((0, config["num_stages"]))
-            return cls(rows, tuple(config["taps"]))
-        except TypeError:
+            taps = tuple(config["taps"])
+        except (TypeError, ValueError, MemoryError):  # numpy's words for a number of stages that is none
             raise UserError("the credit entry needs num_stages (a number), taps and matrix (lists)") from None
+        return cls(rows, taps)
 
     def draw(self, stage_names: Sequence[str] | None = None, title: str = ""):
         """Return a matplotlib figure of the matrix: rows are taps, columns stages."""

@@ -5,16 +5,27 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+_LONGEST = 1000  # characters, of which some hundreds list what is allowed
+
 
 class UserError(ValueError):
     """What was asked cannot be done; the message names the offending value and what is allowed.
 
-    The command line prints it on stderr without a traceback and exits with code 2.
+    The command line prints it on stderr without a traceback and exits with code 2. What a file holds can be of any
+    length: where it makes the message longer than a reader reads, the middle is left out.
     """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 400]} ... {text[-395:]}"
 
 
 class TrainingFailed(UserError):
     """Training cannot go on: the message says which tap and why, and which checkpoint is kept."""
+
+
+class ProcessLost(TrainingFailed):
+    """Another process of the run is gone or does not answer; the message says how to go on."""
 
 
 class Interrupted(KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: written beside their place, flushed to disk, then renamed."""
+"""Files that are either whole or absent: written beside their place, flushed to disk, then renamed; and JSON."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from localsim.errors import UserError
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -28,6 +30,21 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` atomically."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path) -> Any:
+    """Return what a JSON file holds; UserError if it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {cause(error)}") from None
+
+
+def cause(error: BaseException) -> str:
+    """Return in one line what went wrong."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -200,6 +200,37 @@ def make_optimizer(
     return torch.optim.AdamW(groups, lr=lr, betas=(momentum, 0.999), fused=True)
 
 
+_STATE = {"LARS": {"mu"}, "SGD": {"momentum_buffer"}, "AdamW": {"step", "exp_avg", "exp_avg_sq"}}
+"""What each optimiser keeps of a parameter."""
+
+
+def load_state(optimizer: torch.optim.Optimizer, state: Any) -> None:
+    """Load what `optimizer.state_dict()` returned in another process; hyper-parameters stay those of `optimizer`.
+
+    Raises:
+        UserError: it is the state of another optimiser, or of other parameters.
+    """
+    groups = optimizer.state_dict()["param_groups"]
+    given, entries = (state.get(name) if isinstance(state, dict) else None for name in ("param_groups", "state"))
+    if not (isinstance(given, list) and isinstance(entries, dict) and all(isinstance(group, dict) for group in given)):
+        raise UserError("it holds no state of parameters")
+    if [group.get("params") for group in given] != [group["params"] for group in groups]:
+        raise UserError("its groups of parameters are others")
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for index, entry in entries.items():
+        if type(index) is not int or not 0 <= index < len(weights) or not isinstance(entry, dict):
+            raise UserError(f"it has an entry {index!r} that is no parameter's")
+        if entry and set(entry) != _STATE[type(optimizer).__name__]:
+            raise UserError(f"of parameter {index} it holds {', '.join(map(str, entry))}")
+        for name, value in entry.items():
+            shape = () if name == "step" else weights[index].shape
+            if not (isinstance(value, torch.Tensor) and value.shape == shape and value.is_floating_point()):
+                raise UserError(f"{name} of parameter {index} is no tensor of {tuple(shape)} numbers")
+            if name == "step" and not value >= 0:
+                raise UserError(f"parameter {index} was stepped {value.item():g} times")
+    optimizer.load_state_dict({"state": entries, "param_groups": groups})
+
+
 def learning_rate(step: int, *, base: float, total_steps: int, warmup_steps: int, final_factor: float) -> float:
     """Return the learning rate of a step: linear warm-up from 0, then a cosine from `base` to `base * final_factor`.
 

@@ -22,15 +22,18 @@ def pair(text: str) -> tuple[str, Any]:
     """Return name and value of NAME=VALUE; a value that is JSON is what it says, any other is text.
 
     Raises:
-        UserError: there is no `=`.
+        UserError: there is no `=`, or the value is null, which would be passed over.
     """
     name, equals, value = text.partition("=")
     if not equals:
         raise UserError(f"--set {text!r} is not of the form NAME=VALUE")
     try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
+        meant = json.loads(value)
+    except (ValueError, RecursionError):  # ValueError: no JSON, or a number of thousands of digits
         return name, value
+    if meant is None:
+        raise UserError(f"--set {text!r} sets nothing; leave it out, or give a value")
+    return name, meant
 
 
 def settings(pairs: Sequence[str]) -> dict[str, Any]:
@@ -46,6 +49,13 @@ def given(arguments: argparse.Namespace) -> dict[str, Any]:
         if named.get(name) is not None:
             raise UserError(f"{name} is given twice: by --{name.replace('_', '-')} and by --set")
     return {**named, **more}
+
+
+def add_layers(group: Any) -> None:
+    """Add --layers, of the commands that compare layers, to a group of options."""
+    group.add_argument("--layers", metavar="WHICH", default="ends",
+                       help="ends (default: what ends the backbone's own stages), stages, units, readouts, or modules "
+                            "by name: layer2,layer3.0.conv1")  # fmt: skip
 
 
 def add_where(parser: argparse.ArgumentParser, out: str, metavar: str = "DIR") -> None:

@@ -6,8 +6,8 @@
 | `environment.json` | versions, machine and command line of every start |
 | `plan.txt` | cuts, credit and cost, as printed at the start |
 | `metrics.jsonl` | one JSON object per line: losses, learning rate, throughput, ranks, online probes |
-| `checkpoints/00000350/` | after 350 steps: `trunk.safetensors` (torchvision's names), `taps.safetensors` (readouts and heads), `optimizer.pt`, `monitor.pt`, `progress.json` |
-| `snapshots/00000350/` | weights alone, `trunk.safetensors` and `taps.safetensors`, kept for good (setting `snapshot_every`) |
+| `checkpoints/00000350/` | after 350 steps: `trunk.safetensors` (torchvision's names), `taps.safetensors` (readouts and heads), `optimizer.pt`, `monitor.pt`, `progress.json` (the step, and the SHA-256 of the others) |
+| `snapshots/00000350/` | weights alone, `trunk.safetensors`, `taps.safetensors` and `progress.json`, kept for good (setting `snapshot_every`) |
 | `probe.json`, `probe.csv` | accuracy of every stage, with intervals and settings |
 | `figures/` | plots |
 | `tensorboard/` | the same metrics, where TensorBoard is installed |
@@ -37,9 +37,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from localsim import checksums
 from localsim.config import Config
 from localsim.errors import UserError, one_of
-from localsim.files import write_json, write_text
+from localsim.files import cause, read_json, write_json, write_text
+from localsim.optim import load_state
 
 if TYPE_CHECKING:
     from localsim.analysis.stage_probe import ProbeTable
@@ -70,7 +72,7 @@ class Run:
     @property
     def snapshots(self) -> list[int]:
         """The steps after which weights were kept for good, in order (setting `snapshot_every`)."""
-        return sorted(int(folder.name) for folder in (self.path / "snapshots").glob("[0-9]*") if folder.is_dir())
+        return [int(folder.name) for folder in checksums.step_folders(self.path / "snapshots")]
 
     def network(self, which: str | int = "trained") -> LocalNetwork:
         """Return the network in evaluation mode.
@@ -83,15 +85,21 @@ class Run:
         """
         from localsim.assembly import build_network
 
-        if which not in ("trained", "untrained", *self.snapshots):
-            raise one_of("network", which, ("trained", "untrained", *self.snapshots))
+        folder = self.weights(which)
         net = build_network(self.config)
         if which != "untrained" and len(net.taps):
-            folder = newest_checkpoint(self.path) if which == "trained" else self.path / "snapshots" / f"{which:08d}"
             if folder is None:
                 raise UserError(f"{self.path} has no checkpoint yet; continue it with `localsim run --resume`")
             load_weights(net, folder)
         return net.eval()
+
+    def weights(self, which: str | int = "trained") -> Path | None:
+        """Return the folder with the weights of a network, see `network`, or None where nothing was kept of it."""
+        if which not in (allowed := ("trained", "untrained", *self.snapshots)):
+            raise one_of("network", which, allowed)
+        if which == "untrained":
+            return None
+        return newest_checkpoint(self.path) if which == "trained" else self.path / "snapshots" / f"{which:08d}"
 
     def moved(self, **settings: Any) -> Run:
         """Return the run with other values of `data`, `data_root` or `device`, of those that are not None."""
@@ -103,7 +111,7 @@ class Run:
         from localsim.analysis.stage_probe import ProbeTable
 
         path = self.path / "probe.json"
-        return ProbeTable.from_json(_read_json(path)) if path.exists() else None
+        return ProbeTable.from_json(read_json(path)) if path.exists() else None
 
 
 def load_run(path: str | Path) -> Run:
@@ -113,7 +121,7 @@ def load_run(path: str | Path) -> Run:
         raise UserError(f"{path} is a sweep, not a run; its runs are the folders in it: {path}/*-seed*")
     if not (path / "config.json").is_file():
         raise UserError(f"{path} is not a run folder: it has no config.json")
-    return Run(path, Config.from_json(_read_json(path / "config.json"), path / "config.json"))
+    return Run(path, Config.from_json(read_json(path / "config.json"), path / "config.json"))
 
 
 def opened_run(run: Run | str | Path) -> Run:
@@ -131,15 +139,28 @@ def opened_run(run: Run | str | Path) -> Run:
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Hold the folder's lock; UserError if another process has it. The system frees it when a process dies."""
+    taken = f"{path} is being written by another process; wait for it, or choose another --out"
+    # a look at a sweep's plan holds it for a moment
+    with locked(path / "lock", "run", taken, seconds=1):
+        yield
+
+
+@contextmanager
+def locked(file: Path, what: str, taken: str, *, seconds: float = 0) -> Iterator[None]:
+    """Hold the lock `file` of a folder of `what`, which is made.
+
+    Raises:
+        UserError: with the sentence `taken`, another process still has it after so many seconds; or the folder cannot
+            be written.
+    """
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        # a look at a sweep's plan holds it for a moment
-        lock = filelock.FileLock(path / "lock", timeout=1)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(file, timeout=seconds)
         lock.acquire()
     except filelock.Timeout:
-        raise UserError(f"{path} is being written by another process; wait for it, or choose another --out") from None
+        raise UserError(taken) from None
     except OSError as error:
-        raise UserError(f"run folder {path} cannot be written: {_cause(error)}") from None
+        raise UserError(f"{what} folder {file.parent} cannot be written: {cause(error)}") from None
     try:
         yield
     finally:
@@ -167,7 +188,9 @@ def record_environment(path: Path) -> None:
     from localsim import __version__
 
     file = path / "environment.json"
-    starts = _read_json(file) if file.exists() else []
+    starts = read_json(file) if file.exists() else []
+    if not isinstance(starts, list):
+        raise UserError(f"{file} cannot be read: it is no list of starts")
     starts.append(
         {
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -204,15 +227,22 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     file = path / "metrics.jsonl"
     if not file.exists():
         return []
-    text = file.read_text(encoding="utf-8")
     rows = []
-    for number, line in enumerate(text.splitlines(keepends=True), start=1):
-        if line.endswith("\n"):
+    for number, line in enumerate(file.read_bytes().splitlines(keepends=True), start=1):
+        if line.endswith(b"\n"):
+            said = line.strip()[:80].decode(errors="replace")
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                raise UserError(f"{file}, line {number} is not JSON: {line.strip()[:80]!r}") from None
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                raise UserError(f"{file}, line {number} is not JSON: {said!r}") from None
+            if not (isinstance(row, dict) and type(row.get("step")) is int and _are_numbers(row.get("loss", {}))):
+                raise UserError(f"{file}, line {number} is no row of metrics: {said!r}")
+            rows.append(row)
     return rows
+
+
+def _are_numbers(losses: Any) -> bool:
+    return isinstance(losses, dict) and all(isinstance(loss, int | float) for loss in losses.values())
 
 
 def forget_metrics_after(path: Path, step: int) -> None:
@@ -227,32 +257,32 @@ KEPT_CHECKPOINTS = 2
 # -- checkpoints ------------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(
-    path: Path, step: int, net: LocalNetwork, optimizer: torch.optim.Optimizer | None, monitor: Mapping[str, Any]
-) -> Path:
-    """Write a checkpoint after `step` steps, then remove all but the newest two; on failure the older ones stay."""
+def save_checkpoint(path: Path, step: int, state: Mapping[str, Any]) -> Path:
+    """Write a checkpoint after `step` steps, then remove all but the newest two; on failure the older ones stay.
+
+    Its files are the same for any number of processes. `state` is that of the whole network, see
+    `localsim.distributed.parts.joined`.
+    """
 
     def write(folder: Path) -> None:
-        _save_weights(folder, net)
-        if optimizer is not None:
-            torch.save(optimizer.state_dict(), folder / "optimizer.pt")
-        torch.save(dict(monitor), folder / "monitor.pt")
-        write_json(folder / "progress.json", {"step": step})
+        _save_weights(folder, state)
+        torch.save(state["optimizer"], folder / "optimizer.pt")
+        torch.save(state["monitor"], folder / "monitor.pt")
 
     final = _write_folder(path, "checkpoint", step, write)
-    for older in sorted(final.parent.glob("[0-9]*"))[:-KEPT_CHECKPOINTS]:
+    for older in checksums.step_folders(final.parent)[:-KEPT_CHECKPOINTS]:
         shutil.rmtree(older, ignore_errors=True)
     return final
 
 
-def save_snapshot(path: Path, step: int, net: LocalNetwork) -> Path:
+def save_snapshot(path: Path, step: int, state: Mapping[str, Any]) -> Path:
     """Keep the weights after `step` steps for good; a snapshot that exists already stays as it is."""
-    return _write_folder(path, "snapshot", step, lambda folder: _save_weights(folder, net))
+    return _write_folder(path, "snapshot", step, lambda folder: _save_weights(folder, state))
 
 
-def _save_weights(folder: Path, net: LocalNetwork) -> None:
-    save_file(_plain(net.trunk_state_dict()), folder / "trunk.safetensors")
-    save_file(_plain(net.taps.state_dict()), folder / "taps.safetensors")
+def _save_weights(folder: Path, state: Mapping[str, Any]) -> None:
+    save_file(_plain(state["trunk"]), folder / "trunk.safetensors")
+    save_file(_plain(state["taps"]), folder / "taps.safetensors")
 
 
 def _write_folder(path: Path, kind: str, step: int, write: Callable[[Path], None]) -> Path:
@@ -267,17 +297,18 @@ def _write_folder(path: Path, kind: str, step: int, write: Callable[[Path], None
     partial.mkdir()
     try:
         write(partial)
+        checksums.write_record(partial, step)
         for file in partial.iterdir():
             with file.open("rb+") as handle:
                 os.fsync(handle.fileno())
         partial.rename(final)
     except (OSError, RuntimeError, SafetensorError) as error:
         # torch reports a full disk as an internal error of its archive
-        cause = "No space left on device" if shutil.disk_usage(root).free < 2**20 else _cause(error)
+        reason = "No space left on device" if shutil.disk_usage(root).free < 2**20 else cause(error)
         shutil.rmtree(partial, ignore_errors=True)
         kept = newest_checkpoint(path)
         raise UserError(
-            f"the {kind} after step {step} could not be written ({cause}); "
+            f"the {kind} after step {step} could not be written ({reason}); "
             + (f"{kept} is kept" if kept else "there is none yet")
             + "; make room and continue with --resume"
         ) from error
@@ -287,15 +318,14 @@ def _write_folder(path: Path, kind: str, step: int, write: Callable[[Path], None
 def drop_untried_checkpoint(path: Path, step: int) -> Path | None:
     """Remove the checkpoint of `step` if an older one exists, and return the newest that is left."""
     newest = newest_checkpoint(path)
-    if newest and int(newest.name) == step and len(list(newest.parent.glob("[0-9]*"))) > 1:
+    if newest and int(newest.name) == step and len(checksums.step_folders(newest.parent)) > 1:
         shutil.rmtree(newest)
     return newest_checkpoint(path)
 
 
 def newest_checkpoint(path: Path) -> Path | None:
     """Return the folder of the newest complete checkpoint."""
-    found = [folder for folder in (path / "checkpoints").glob("[0-9]*") if folder.is_dir()]
-    return max(found, key=lambda folder: int(folder.name), default=None)
+    return next(reversed(checksums.step_folders(path / "checkpoints")), None)
 
 
 def checkpoint_step(path: Path) -> int:
@@ -310,11 +340,11 @@ def load_weights(net: LocalNetwork, folder: Path) -> None:
     Raises:
         UserError: a file is missing, damaged, or of another architecture.
     """
+    trunk, taps = (load_tensors(folder / name) for name in ("trunk.safetensors", "taps.safetensors"))
     try:
-        net.load_trunk_state_dict(load_tensors(folder / "trunk.safetensors"))
+        net.load_trunk_state_dict(trunk)
     except UserError as error:
         raise UserError(f"{folder / 'trunk.safetensors'}: {error}") from None
-    taps = load_tensors(folder / "taps.safetensors")
     try:
         net.taps.load_state_dict(taps)
     except RuntimeError as error:
@@ -322,13 +352,19 @@ def load_weights(net: LocalNetwork, folder: Path) -> None:
         raise UserError(f"{folder / 'taps.safetensors'} holds the heads of another architecture: {first}") from None
 
 
-def load_training_state(folder: Path, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
-    """Load the optimiser's state in place and return the monitor's; UserError if a file is missing or damaged."""
+def load_training_state(
+    folder: Path, optimizer: torch.optim.Optimizer | None, part: Callable[[Any], Any] | None = None
+) -> dict[str, Any]:
+    """Load the optimiser's state in place and return the monitor's; UserError if a file is missing or damaged.
+
+    `part` picks what the optimiser is to have of the state, where that is less than all.
+    """
     if optimizer is not None:
         state = load_plain(folder / "optimizer.pt")
+        state = state if part is None else part(state)
         try:
-            optimizer.load_state_dict(state)
-        except (ValueError, KeyError) as error:
+            load_state(optimizer, state)
+        except UserError as error:
             raise UserError(f"{folder / 'optimizer.pt'} is the state of another optimiser: {error}") from None
     return load_plain(folder / "monitor.pt")
 
@@ -338,27 +374,17 @@ def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read: {_cause(error)}") from None
+    return _loaded(path, load_file)
 
 
 def load_plain(path: Path) -> Any:
+    return _loaded(path, lambda file: torch.load(file, map_location="cpu", weights_only=True))
+
+
+def _loaded(path: Path, load: Callable[[Path], Any]) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        checksums.check(path)
+        return load(path)
     except Exception as error:  # a damaged archive surfaces as any of half a dozen types, pickle's own among them
-        raise UserError(f"{path} cannot be read: {_cause(error)}") from None
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {_cause(error)}") from None
-
-
-def _cause(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        told = str(error) if isinstance(error, UserError) else f"{path} cannot be read: {cause(error)}"
+        raise UserError(told + checksums.way_on(path.parent)) from None

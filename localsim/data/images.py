@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
-import struct
+import stat
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +14,10 @@ import torch
 from PIL import Image, ImageFile
 from torch import Tensor
 
+from localsim.files import cause
+
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 """File names that count as images, in any case."""
-
-# what PIL raises for files that are missing, truncated or no images
-_DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 class UnreadableImageError(Exception):
@@ -25,20 +27,29 @@ class UnreadableImageError(Exception):
 def find_images(folder: Path) -> list[Path]:
     """Return the image files below `folder`, sorted; links are followed, hidden files and folders left out."""
     found = []
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
+    above = {os.fspath(folder): (os.path.realpath(folder),)}
+    for parent, folders, files in os.walk(folder, onerror=_warn_of_folder, followlinks=True):
+        places = above.pop(parent)
+        inner = {name: os.path.realpath(Path(parent, name)) for name in folders}
+        # a link to a folder above itself has no end
+        folders[:] = [n for n in folders if not n.startswith((".", "__MACOSX")) and inner[n] not in places]
+        above |= {os.path.join(parent, name): (*places, inner[name]) for name in folders}  # noqa: PTH118 - as os.walk
         found += [
             Path(parent, name) for name in files if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
         ]
     return sorted(found)
 
 
+def _warn_of_folder(error: OSError) -> None:
+    warnings.warn(f"skipped a folder that cannot be read, {error.filename}: {error.strerror}", stacklevel=2)
+
+
 def image_shape(path: Path) -> tuple[int, int] | None:
     """Return height and width from the file's head, without decoding; None if it has none."""
     try:
-        with Image.open(path) as image:
+        with _opened(path) as image:
             return image.height, image.width
-    except _DECODING_ERRORS:
+    except Exception:  # see `decode`
         return None
 
 
@@ -49,20 +60,32 @@ def decode(path: Path) -> Tensor:
     Not for several threads at once: strictness is a switch of PIL's that holds for the whole process.
 
     Raises:
-        UnreadableImageError: if the file is missing, truncated or no image, or holds floats (whose range is unknown).
+        UnreadableImageError: if the file is missing, truncated or no image, has more pixels than PIL holds to be
+            harmless, or holds floats (whose range is unknown).
     """
     lenient = ImageFile.LOAD_TRUNCATED_IMAGES
     try:
         # other libraries set this switch, and a truncated image would then come out grey below the break
         ImageFile.LOAD_TRUNCATED_IMAGES = False
-        with Image.open(path) as image:
+        with _opened(path) as image:
             image.load()
             pixels = _rgb(image)
-    except _DECODING_ERRORS as error:
-        raise UnreadableImageError(f"{path}: {error}") from error
+    except Exception as error:  # of a damaged file PIL's readers raise whatever their arithmetic ends in
+        raise UnreadableImageError(f"{path}: {cause(error)}") from error
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = lenient
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError("it is no file")  # a pipe would be waited for
+    with warnings.catch_warnings():
+        # a small file can claim gigabytes; PIL itself only warns of up to twice as many pixels
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path) as image:
+            yield image
 
 
 def _rgb(image: Image.Image) -> np.ndarray:

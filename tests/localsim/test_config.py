@@ -221,7 +221,7 @@ def test_reach_and_a_matrix_contradict_each_other():
             "projector": st.lists(st.integers(1, 9), min_size=1),
             "credit": st.sampled_from([Credit.overlapping(4).to_config(), Credit.untrained(2).to_config()]),
             "objective_options": st.just({"lambda_": 0.1}),
-            "data_root": st.text(),
+            "data_root": st.text(st.characters(min_codepoint=32, exclude_categories=["Cs"])),
             "device": st.sampled_from(["cpu", "cuda"]),
             "max_steps": st.integers(1, 9),
         },

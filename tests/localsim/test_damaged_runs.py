@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
-from tiny import tiny_config, train_in
+from tiny import tiny_config, tiny_state, train_in
 
 import localsim
-from localsim import runs
+from localsim import checksums, runs
 from localsim.assembly import build_network
 from localsim.config import Config
 from localsim.errors import UserError
@@ -122,7 +122,7 @@ def test_a_configuration_with_an_impossible_value_is_refused(copy):
 def test_a_checkpoint_of_another_architecture_is_refused(copy, tmp_path, other, told):
     net = build_network(tiny_config(**other))
     shutil.rmtree(copy / "checkpoints")
-    runs.save_checkpoint(copy, 10, net, None, {})
+    runs.save_checkpoint(copy, 10, tiny_state(net))
     with pytest.raises(UserError, match=told) as caught:
         localsim.load_run(copy).network()
     assert "\n" not in str(caught.value)
@@ -133,6 +133,7 @@ def test_the_state_of_another_optimiser_is_refused(copy):
     net = build_network(config)
     other = make_optimizer("lars", list(net.parameters())[:3], lr=0.1, weight_decay=0)
     torch.save(other.state_dict(), newest(copy) / "optimizer.pt")
+    checksums.write_record(newest(copy), 10)
     with pytest.raises(UserError, match=r"optimizer\.pt is the state of another optimiser: "):
         runs.load_training_state(newest(copy), an_optimizer(config))
 
@@ -151,6 +152,7 @@ class _Bomb:
 def test_loading_never_executes_code(copy, tmp_path, name, write):
     target = tmp_path / "executed"
     write(_Bomb(target), newest(copy) / name)
+    checksums.write_record(newest(copy), 10)
     config = localsim.load_run(copy).config
     with pytest.raises(UserError, match=f"{name}.* cannot be read: ."):
         runs.load_weights(build_network(config), newest(copy))
@@ -181,7 +183,7 @@ FULL = {
     "safetensors": (runs, "save_file", _no_space_in_rust),
     "open": (runs, "save_file", _no_space),
     "torch.save": (torch, "save", _no_space_in_torch),
-    "json": (runs, "write_json", _no_space),
+    "json": (checksums, "write_json", _no_space),
     "fsync": (os, "fsync", _no_space),
 }
 
@@ -190,20 +192,20 @@ FULL = {
 def test_a_full_disk_keeps_the_older_checkpoint_and_leaves_nothing_half_written(tmp_path, monkeypatch, where):
     net = build_network(tiny_config())
     optimizer = make_optimizer("sgd", net.parameters(), lr=0.1, weight_decay=0)
-    older = runs.save_checkpoint(tmp_path, 5, net, optimizer, {})
+    older = runs.save_checkpoint(tmp_path, 5, tiny_state(net, optimizer))
     before = {file.name: file.read_bytes() for file in older.iterdir()}
     with monkeypatch.context() as patched:
         patched.setattr(*FULL[where])
         told = r"checkpoint after step 6 could not be written \(.*No space left.*\); .*00000005 is kept; make room"
         with pytest.raises(UserError, match=told):
-            runs.save_checkpoint(tmp_path, 6, net, optimizer, {})
+            runs.save_checkpoint(tmp_path, 6, tiny_state(net, optimizer))
     assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["00000005"]
     assert {file.name: file.read_bytes() for file in older.iterdir()} == before
-    runs.save_checkpoint(tmp_path, 6, net, optimizer, {})
+    runs.save_checkpoint(tmp_path, 6, tiny_state(net, optimizer))
     assert sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir()) == ["00000005", "00000006"]
 
 
 def test_a_disk_that_is_full_from_the_start_is_told_so(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", _no_space)
     with pytest.raises(UserError, match=r"No space left on device\); there is none yet; make room"):
-        runs.save_checkpoint(tmp_path, 5, build_network(tiny_config()), None, {})
+        runs.save_checkpoint(tmp_path, 5, tiny_state(build_network(tiny_config())))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import images, tiny_config, train_in
+from tiny import images, tiny_config, tiny_state, train_in
 from torch import nn
 from torchvision import models
 
@@ -52,7 +52,7 @@ def made(tmp_path_factory) -> Made:
                     change = 0.1 * value.std().nan_to_num() + 0.01
                     value += change * torch.rand(value.shape, generator=draw)
             run = runs.start_run(folder / name, config)
-            runs.save_checkpoint(run.path, 7, net, None, {})
+            runs.save_checkpoint(run.path, 7, tiny_state(net))
             kept[name] = run, net
         return kept[name]
 

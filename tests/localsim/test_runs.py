@@ -20,6 +20,7 @@ from tiny import (
     python,
     timeless,
     tiny_config,
+    tiny_state,
     train_in,
 )
 
@@ -130,7 +131,7 @@ def test_a_resumed_run_has_the_snapshots_of_an_uninterrupted_one(tmp_path):
 def test_the_trunk_loads_into_torchvisions_network(tmp_path):
     """The file is torchvision's checkpoint but for the classifier: the same outputs, under the same names."""
     net = build_network(tiny_config(backbone="resnet18")).eval()
-    folder = runs.save_checkpoint(tmp_path, 1, net, None, {})
+    folder = runs.save_checkpoint(tmp_path, 1, tiny_state(net))
     model = torchvision.models.resnet18()
     model.fc = torch.nn.Identity()  # type: ignore[assignment]
     model.load_state_dict(load_file(folder / "trunk.safetensors"), strict=True)
@@ -304,12 +305,12 @@ def test_a_last_line_that_a_crash_cut_short_is_left_out(tmp_path):
         file.write('{"step": 2, "loss": {"sta')
     assert runs.read_metrics(tmp_path) == [{"step": 1, "loss": {"stage1": 0.1}}]
     runs.forget_metrics_after(tmp_path, 5)
-    runs.append_metrics(tmp_path, {"step": 2})
+    runs.append_metrics(tmp_path, {"step": 2, "loss": {}})
     assert [row["step"] for row in runs.read_metrics(tmp_path)] == [1, 2]
 
 
 def test_a_damaged_line_in_the_middle_is_named(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": {}}\n{"st\n{"step": 3}\n')
     with pytest.raises(UserError, match=r"metrics\.jsonl, line 2 is not JSON: '\{\"st'"):
         runs.read_metrics(tmp_path)
 

@@ -60,6 +60,16 @@ def tiny_loader(config: Config) -> ViewLoader:
     return prepare(config).loader
 
 
+def tiny_state(net: LocalNetwork, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
+    """Return what a checkpoint keeps of a network, with a monitor that has seen nothing."""
+    return {
+        "trunk": net.trunk_state_dict(),
+        "taps": net.taps.state_dict(),
+        "optimizer": {} if optimizer is None else optimizer.state_dict(),
+        "monitor": {},
+    }
+
+
 class LargestMade(TorchDispatchMode):
     """A context that notes how many entries the largest tensor has that an operation inside it returns."""
 
