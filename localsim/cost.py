@@ -8,8 +8,8 @@ and how gradients are routed is the step's own doing, so that a prediction canno
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -103,26 +103,9 @@ def cost(config: Config) -> Cost:
         UserError: the network cannot be built (see `localsim.assembly.build_network`), or something in the step asks
             for the values of tensors, which there are none of. Any other error is raised as it is.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode  # slow to import
-
-    real = config.transport == "feedback_alignment"
-    with nullcontext() if real else torch.device("meta"):
-        net = build_network(config)
-    if config.channels_last:  # as `localsim.experiment.prepare` does: some operations keep a copy in another layout
-        net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    phases = acting_together(config, len(net.taps)) or [()]
-    try:
-        with FakeTensorMode(), whole_maps():
-            net = _without_memory(net).train()
-            measured = [_measure(net, config, taps) for taps in phases]
-    except Exception as error:
-        if not _is_for_want_of_values(error):
-            raise
-        first_line = (str(error).strip() or "no message").splitlines()[0]
-        raise UserError(
-            f"the cost of rule {config.rule} cannot be predicted, for its step does not run on tensors without values "
-            f"({type(error).__name__}: {first_line}); `localsim run` measures it before training"
-        ) from error
+    with without_memory(config) as net:
+        phases = acting_together(config, len(net.taps)) or [()]
+        measured = [_measure(net, config, taps) for taps in phases]
     return Cost(
         **{f.name: getattr(config, f.name) for f in fields(Cost) if f.name in Config.names()},
         stages=tuple(stage.name for stage in net.stages),
@@ -133,21 +116,48 @@ def cost(config: Config) -> Cost:
     )
 
 
+@contextmanager
+def without_memory(config: Config) -> Iterator[LocalNetwork]:
+    """Give the network of a configuration, in training mode, for steps on tensors that have shapes but no values.
+
+    Raises:
+        UserError: the network cannot be built, or what is run on it asks for values.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode  # slow to import
+
+    real = config.transport == "feedback_alignment"
+    with nullcontext() if real else torch.device("meta"):
+        net = build_network(config)
+    if config.channels_last:  # as `localsim.experiment.prepare` does: some operations keep a copy in another layout
+        net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    try:
+        with FakeTensorMode(), whole_maps():
+            yield _without_memory(net).train()
+    except Exception as error:
+        if not _is_for_want_of_values(error):
+            raise
+        first_line = (str(error).strip() or "no message").splitlines()[0]
+        raise UserError(
+            f"the cost of rule {config.rule} cannot be predicted, for its step does not run on tensors without values "
+            f"({type(error).__name__}: {first_line}); `localsim run` measures it before training"
+        ) from error
+
+
+def blank_batch(config: Config, rows: int) -> tuple[list[Tensor], Tensor]:
+    """Return the views of `rows` images and the labels of a whole batch, as a run gives them to the engine."""
+    images = torch.empty(
+        (rows, 3, config.image_size, config.image_size),
+        memory_format=torch.channels_last if config.channels_last else torch.contiguous_format,
+    )
+    return [images.clone() for _ in range(config.views)], torch.zeros(config.batch_size, dtype=torch.long)
+
+
 def signals_down(credit: Credit) -> tuple[int, ...]:
     """Return for every boundary, from the lowest, how many sets of boundary gradients cross it on their way down.
 
     One per group of taps above it whose credit for what is below it is proportional: these travel as one.
     """
-    return tuple(
-        len(
-            {
-                (row[:below] / row[:below].max()).tobytes()
-                for top, row in zip(credit.taps, credit.matrix, strict=True)
-                if top >= below and row[:below].any()
-            }
-        )
-        for below in range(1, credit.num_stages)
-    )
+    return tuple(credit.signals_down(border) for border in range(1, credit.num_stages))
 
 
 def _without_memory(net: LocalNetwork) -> LocalNetwork:
@@ -185,8 +195,15 @@ def _is_for_want_of_values(error: Exception) -> bool:
 
 
 @dataclass
-class _Watch:
-    """What the engine's hooks see of a step."""
+class Watch:
+    """What the engine's hooks see of a step.
+
+    Attributes:
+        out_bytes: of all views together, for every stage that has run.
+        stages_run: how many stages had run when each was updated.
+        error_width: numbers per image of the widest embedding.
+        gradient_bytes: the most parameter gradients that were alive at once.
+    """
 
     net: LocalNetwork
     out_bytes: dict[int, int] = field(default_factory=dict)
@@ -212,28 +229,28 @@ class _Watch:
             if (stage := self.stage_of.get(id(parameter))) is not None:
                 self.stages_run[stage] = len(self.out_bytes)
 
+    def crossing(self, credit: Credit, images: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the bytes that cross every boundary up and down, for `images` images in all views together."""
+        # stages above the highest acting tap are not run: nothing crosses to them
+        up = [self.out_bytes[stage] if stage + 1 in self.out_bytes else 0 for stage in range(len(self.net.stages) - 1)]
+        error = 4 * self.error_width * images  # direct feedback broadcasts it in float32
+        sent = [error] * len(up) if self.net.transport == "direct_feedback" else up
+        return tuple(up), tuple(n * size for n, size in zip(signals_down(credit), sent, strict=True))
+
 
 def _measure(net: LocalNetwork, config: Config, taps: Sequence[int]) -> dict[str, Any]:
     """Run a step in which some taps act, on fake tensors; return the fields of `Cost` that it decides."""
-    images = torch.empty(
-        (config.batch_size, 3, config.image_size, config.image_size),
-        memory_format=torch.channels_last if config.channels_last else torch.contiguous_format,
-    )
-    labels = torch.zeros(config.batch_size, dtype=torch.long)
-    watch = _Watch(net)
+    views, labels = blank_batch(config, config.batch_size)
+    watch = Watch(net)
     hooks = engine.Hooks(on_stage=watch.on_stage, on_tap=watch.on_tap, on_final=watch.on_final)
     chosen = None if len(taps) == len(net.taps) else taps
     with Arithmetic() as flops, HeldBytes(net.parameters()) as held:
-        views = [images.clone() for _ in range(config.views)]
         engine.backward(
             net, *views, labels=labels, key=config.seed, precision=config.precision, hooks=hooks, taps=chosen
         )
     credit, units, run = net.credit.only(taps), net.units_per_stage, watch.stages_run
-    # stages above the highest acting tap are not run: nothing crosses to them
-    crossing = [watch.out_bytes[stage] if stage + 1 in watch.out_bytes else 0 for stage in range(len(units) - 1)]
-    error = 4 * watch.error_width * config.batch_size * config.views  # direct feedback broadcasts it in float32
-    sent = [error] * len(crossing) if config.transport == "direct_feedback" else crossing
-    read = {stage: watch.out_bytes[stage] for stage in watch.out_bytes} | {IMAGES: config.views * images.nbytes}
+    up, down = watch.crossing(credit, config.batch_size * config.views)
+    read = {stage: watch.out_bytes[stage] for stage in watch.out_bytes} | {IMAGES: sum(view.nbytes for view in views)}
     return {
         "forward_flops": flops.forward,
         "backward_flops": flops.backward,
@@ -241,8 +258,8 @@ def _measure(net: LocalNetwork, config: Config, taps: Sequence[int]) -> dict[str
         "paths": tuple(credit.path_to(stage, units) for stage in range(len(units))),
         "update_locks": tuple(sum(units[stage : run[stage]]) for stage in range(len(units))),
         "stages_run": tuple(run),
-        "up_bytes": tuple(crossing),
-        "down_bytes": tuple(n * size for n, size in zip(signals_down(credit), sent, strict=True)),
+        "up_bytes": up,
+        "down_bytes": down,
         "context_bytes": sum(
             read[tap.context]
             for tap in (net.taps[index] for index in taps)

@@ -12,18 +12,22 @@ from localsim.errors import UserError, one_of
 from localsim.files import write_json
 
 if TYPE_CHECKING:
+    from localsim.config import Config
     from localsim.cost import Cost
+    from localsim.scaling import Prediction
 
 COST_EXAMPLES = """\
 examples:
   localsim cost --rule blockwise --granularity 4 --preset imagenet    the published configuration, by stage
   localsim cost --rule blockwise,loco,end_to_end --granularity 1,2,4,8,block --plot cost.png
   localsim cost --rule blockwise --set recompute=units --batch-size 256    any setting of `localsim run`
+  localsim cost --preset imagenet --granularity 4 --processes 8,64,512    time and messages on several processes
+  localsim cost --rule loco --processes 2 --parallel blocks --machine here    the same for this very machine
 """
 
 
 def add_cost_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the command; all but --plot, --json and --debug are settings as in `localsim run`."""
+    """Add the options of the command; all but those from --processes on are settings as in `localsim run`."""
     parser.add_argument("--rule", metavar="NAMES", help="blockwise (default), another, or several: blockwise,loco")
     parser.add_argument(
         "--granularity", metavar="K", help="how many stages, or network, stage, block; or several: 1,4,8"
@@ -39,6 +43,13 @@ def add_cost_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", metavar="NAME", help="full or bf16")
     parser.add_argument("--set", metavar="NAME=VALUE", action="append", default=[], type=_setting,
                         help="any other setting of `localsim run`; may be repeated")  # fmt: skip
+    parser.add_argument("--processes", metavar="N", help="predict a step on so many processes; or several: 8,64,512")
+    parser.add_argument("--parallel", metavar="KIND",
+                        help="what they divide: data, blocks (stages), blocks:P (stages in P groups, with copies); "
+                             "without it, every way that fits")  # fmt: skip
+    parser.add_argument("--machine", metavar="NAME",
+                        help="a100 (default), a100-ethernet, h100, as assumed; here: this one, measured; or "
+                             "FLOPS,BYTES_PER_S,SECONDS of a process and its messages")  # fmt: skip
     parser.add_argument(
         "--plot", metavar="FILE", help="draw held bytes, arithmetic and gradient path: .png, .svg, .pdf"
     )
@@ -49,7 +60,7 @@ def add_cost_options(parser: argparse.ArgumentParser) -> None:
 def _setting(pair: str) -> str:
     """Return NAME=VALUE, unless it names a file of the command: beside settings, `report_costs` could not tell."""
     name = pair.partition("=")[0]
-    if name in ("plot", "json"):
+    if name in ("plot", "json", "processes", "machine"):
         from localsim.config import Config
 
         raise argparse.ArgumentTypeError(str(one_of("setting", name, Config.names())))
@@ -61,6 +72,9 @@ def report_costs(
     granularity: str | int | None = None,
     *,
     preset: str | None = None,
+    processes: int | str | None = None,
+    parallel: str | None = None,
+    machine: str | None = None,
     plot: str | Path | None = None,
     json: str | Path | None = None,
     **settings: Any,
@@ -71,15 +85,20 @@ def report_costs(
         rule: names or files of rules, with commas; `blockwise` if not given.
         granularity: a number of stages or the name of a cut, or several with commas; by default what each rule says.
         preset: see `localsim.presets.resolve`.
+        processes: a number of processes to predict a step on, or several with commas.
+        parallel: what these divide, see `localsim.scaling.predictions`; by default every way.
+        machine: what they run on, see `localsim.machines.machine`; by default `a100`.
         plot: a figure to write, .png, .svg or .pdf.
-        json: a file to write, with everything that `localsim.cost.Cost` holds.
+        json: a file to write, with everything that `localsim.cost.Cost` holds, and under `scaling`, where predictions
+            are asked for, what `localsim.scaling.Prediction` does.
         settings: any field of `localsim.config.Config`.
 
     Returns:
         The costs that were printed.
 
     Raises:
-        UserError: see `costs`; or a file exists already or is of an unknown format.
+        UserError: see `costs`, `localsim.scaling.predictions` and `localsim.machines.machine`; or a file exists already
+            or is of an unknown format.
     """
     from localsim.analysis.canvas import FORMATS, save
     from localsim.cost_table import cost_table, stage_table
@@ -95,13 +114,24 @@ def report_costs(
     rules = ["blockwise"] if rule is None else str(rule).split(",")
     words = [None] if granularity is None else str(granularity).split(",")
     cuts = [int(word) if word is not None and word.isdecimal() else word for word in words]
-    found, notes = costs(rules, cuts, preset, settings)
+    numbers = _numbers(processes, parallel, machine)
+    costed, notes = _costed(rules, cuts, preset, settings)
+    found = [cost for _, cost in costed]
+    scaled = _scaled(costed, numbers, parallel, machine or "a100", notes) if numbers else None
     print(cost_table(found))
     if len(found) == 1:
         print(f"\nby stage:\n{stage_table(found[0])}")
+    if scaled is not None:
+        print(f"\npredicted, not measured, on {machine or 'a100'}:\n{scaled.text}")
     print("".join(f"\n{sentence}" for sentence in notes), end="\n" if notes else "")
     if json is not None:
-        write_json(Path(json), [dataclasses.asdict(cost) for cost in found])
+        write_json(
+            Path(json),
+            [
+                dataclasses.asdict(cost) | ({} if scaled is None else {"scaling": made})
+                for cost, made in zip(found, scaled.records if scaled else [None] * len(found), strict=True)
+            ],
+        )
     if plot is not None:
         from localsim.analysis.cost_plots import cost_figure
 
@@ -125,6 +155,13 @@ def costs(
     Raises:
         UserError: what was asked has no meaning for a rule, or no combination exists.
     """
+    costed, notes = _costed(rules, granularities, preset, settings)
+    return [cost for _, cost in costed], notes
+
+
+def _costed(
+    rules: Sequence[str], granularities: Sequence[int | str | None], preset: str | None, settings: Mapping[str, Any]
+) -> tuple[list[tuple[Config, Cost]], list[str]]:
     from localsim.cost import cost
     from localsim.presets import resolve
     from localsim.rules import get_rule
@@ -146,7 +183,7 @@ def costs(
     found = []
     for config in configs:
         try:
-            found.append(cost(config))
+            found.append((config, cost(config)))
         except UserError as error:
             if len(configs) == 1:
                 raise
@@ -154,3 +191,56 @@ def costs(
     if not found:
         raise UserError(notes[-1])
     return found, notes
+
+
+def _numbers(processes: int | str | None, parallel: str | None, machine: str | None) -> list[int]:
+    """Return the numbers of processes that are asked for."""
+    if processes is None:
+        for name, value in (("parallel", parallel), ("machine", machine)):
+            if value is not None:
+                raise UserError(f"--{name} says how several processes run; give --processes too")
+        return []
+    words = str(processes).split(",")
+    if not all(word.isascii() and word.isdecimal() and int(word) >= 1 for word in words):
+        raise UserError(f"--processes is {str(processes)!r}; allowed: whole numbers above 0, e.g. 8 or 8,64,512")
+    return [int(word) for word in words]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scaled:
+    text: str
+    records: list[list[dict[str, Any]]]
+
+
+def _scaled(
+    costed: Sequence[tuple[Config, Cost]], numbers: Sequence[int], parallel: str | None, name: str, notes: list[str]
+) -> _Scaled:
+    """Return predictions for all configurations and numbers of processes; add a sentence for what is left out."""
+    from localsim.cost_table import scaling_table
+    from localsim.machines import machine
+    from localsim.scaling import predictions
+
+    rows, records = [], []
+    here = None
+    for config, cost in costed:
+        here = here or machine(name, config)
+        try:
+            alone, *made = predictions(config, [1, *numbers], here, parallel)
+        except UserError as error:
+            if len(costed) == 1:
+                raise
+            stages = f"{len(cost.stages)} stage" + "s" * (len(cost.stages) > 1)
+            notes.append(f"{config.rule} in {stages} is not predicted on several processes: {error}")
+            records.append([])
+            continue
+        rows += [(cost, alone.images_per_second, one) for one in made]
+        records.append([_plain(one) for one in made])
+    if here is None or not rows:
+        raise UserError(notes[-1])
+    return _Scaled(f"{scaling_table(rows)}\n\n{here.name}: {here.source}.", records)
+
+
+def _plain(prediction: Prediction) -> dict[str, Any]:
+    """Return a prediction for a file, its groups as the numbers of their stages, from 1."""
+    groups = [[stage + 1 for stage in group] for group in prediction.groups]
+    return dataclasses.asdict(prediction) | {"groups": groups}

@@ -1,13 +1,14 @@
-"""Costs as text: a row for each with a line that explains each column, and one cost stage by stage."""
+"""Costs as text: a row for each with a line that explains each column, one cost stage by stage, several processes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from localsim.cost import Cost
+    from localsim.scaling import Prediction
 
 SHARED = ("backbone", "image_size", "batch_size", "views", "precision")
 """What costs may differ in besides rule and cut; what they share is said once, above the table."""
@@ -77,8 +78,7 @@ def cost_table(costs: Sequence[Cost]) -> str:
         ]
         for cost in costs
     ]
-    longest = max(len(column.head) for column in COLUMNS)
-    meanings = [f"{column.head:<{longest}}  {column.meaning}" for column in COLUMNS]
+    meanings = explained({column.head: column.meaning for column in COLUMNS})
     return "\n".join([shared_settings(costs), "", aligned([head, *rows], left=1), "", *meanings])
 
 
@@ -93,6 +93,56 @@ def stage_table(cost: Cost) -> str:
         )
     ]
     return aligned([head, *rows], left=2)
+
+
+_SCALING_MEANINGS = {
+    "parallel": "data: the batch is divided; blocks:P: the stages among P processes, the batch among copies of each",
+    "groups": "how many stages each of the P runs, from the input up",
+    "ms/step": "from one step to the next, pipeline full",
+    "efficiency": "images/s, as a share of as many times what one process would do",
+    "compute ... others": "ms of it that the busiest process spends on arithmetic, in the optimiser, and waiting: for "
+    "statistics\nof batch norms, embeddings, sums of gradients, and for the processes below and above",
+    "messages, MB sent": "of the process that sends most in a step: what it hands over",
+    "GiB": "weights, optimiser state, gradients, held activations and what comes in, of the process that needs most",
+}
+_SPENT_HEADS = {"norms": "norms", "embeddings": "embed.", "gradients": "grad.", "neighbours": "others"}
+
+
+def scaling_table(rows: Sequence[tuple[Cost, float, Prediction]]) -> str:
+    """Return predictions as aligned text, a row for each.
+
+    Args:
+        rows: the configuration's cost, images per second of one process, and what is predicted.
+    """
+    head = ["rule", "stages", "processes", "parallel", "groups", "ms/step", "images/s", "efficiency"]
+    head += [_SPENT_HEADS.get(name, name) for name in rows[0][2].spent]
+    head += ["messages", "MB sent", "GiB"]
+    table = [
+        [
+            cost.rule,
+            str(len(cost.stages)),
+            str(made.processes),
+            made.parallel,
+            "+".join(str(len(group)) for group in made.groups),
+            _number(1000 * made.seconds),
+            _number(made.images_per_second),
+            f"{made.images_per_second / (made.processes * alone):.0%}",
+            *(_number(1000 * seconds) for seconds in made.spent.values()),
+            str(sum(message.number for message in made.messages)),
+            _number(sum(message.bytes for message in made.messages) / 1e6),
+            _number(made.memory / 2**30),
+        ]
+        for cost, alone, made in rows
+    ]
+    return "\n".join([aligned([head, *table], left=1), "", *explained(_SCALING_MEANINGS)])
+
+
+def explained(meanings: Mapping[str, str]) -> list[str]:
+    """Return lines that say what columns mean, names flush left."""
+    longest = max(len(name) for name in meanings)
+    return [
+        f"{name:<{longest}}  {meaning}".replace("\n", "\n" + " " * (longest + 2)) for name, meaning in meanings.items()
+    ]
 
 
 def shared_settings(costs: Sequence[Cost]) -> str:

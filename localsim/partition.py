@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 
 from localsim.backbones import TRACE_BATCH, Backbone, UnitTrace, trace_units, unit_shapes
 from localsim.errors import UserError
+from localsim.placement import consecutive_groups
 
 Stages = tuple[range, ...]
 """The stages bottom-up, each the range of the indices of its unit blocks."""
@@ -136,30 +138,9 @@ def _held(traces: Sequence[UnitTrace]) -> int:
 
 
 def _balanced(traces: Sequence[UnitTrace], num_stages: int) -> Stages:
-    """Find the contiguous partition whose largest stage holds least.
-
-    With `best(k, stop)` the smallest possible largest stage among k stages over the first `stop` unit blocks,
-    `best(k, stop) = min over start of max(best(k - 1, start), held(start, stop))`. Among equals the stage on top
-    begins earliest, so that the result is one and the same on every machine.
-    """
-    num_units = len(traces)
-    held = {
-        (start, stop): _held(traces[start:stop])
-        for start in range(num_units)
-        for stop in range(start + 1, num_units + 1)
-    }
-    best: list[dict[int, tuple[int, int]]] = [{0: (0, 0)}]
-    for k in range(1, num_stages + 1):
-        best.append(
-            {
-                stop: min((max(best[-1][start][0], held[start, stop]), start) for start in best[-1] if start < stop)
-                for stop in range(k, num_units + 1)
-            }
-        )
-    starts = [num_units]
-    for k in range(num_stages, 0, -1):
-        starts.append(best[k][starts[-1]][1])
-    return _from_starts(starts[:0:-1], num_units)
+    """Return the contiguous partition whose largest stage holds least, see `consecutive_groups`."""
+    held = cache(lambda start, stop: _held(traces[start:stop]))
+    return consecutive_groups(len(traces), num_stages, held)
 
 
 def cut_table(backbone: Backbone, stages: Stages, image_size: int) -> list[CutRow]:

@@ -113,6 +113,69 @@ def test_costs_that_differ_in_more_than_rule_and_cut_say_so(capsys):
     assert [row.split()[column] for row in rows] == ["2", "1"]
 
 
+# -- several processes ------------------------------------------------------------------------------------------------
+
+
+def test_processes_are_predicted_below_what_is_printed_else(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert exit_code(f"cost {SMALL} --machine 1e9,1e9,1e-5") == 2
+    assert "--machine says how several processes run; give --processes too" in capsys.readouterr().err
+    assert exit_code(f"cost --rule blockwise {SMALL}") == 0
+    plain = capsys.readouterr().out
+    asked = f"cost --rule blockwise {SMALL} --processes 1,2 --machine 1e9,1e9,1e-5 --json cost.json"
+    assert exit_code(asked) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(plain)
+    below = printed.removeprefix(plain).splitlines()
+    assert below[1] == "predicted, not measured, on 1e9,1e9,1e-5:"
+    head, *rows = (line.replace("MB sent", "sent").split() for line in below[2:6])
+    cells = [dict(zip(head, row, strict=True)) for row in rows]
+    assert [(cell["processes"], cell["parallel"], cell["groups"]) for cell in cells] == [
+        ("1", "data", "3"),
+        ("2", "data", "3"),
+        ("2", "blocks:2", "1+2"),
+    ]
+    assert cells[0]["efficiency"] == "100%" and cells[0]["messages"] == "0"
+    predicted = cost(tiny_config(noise="all:0.25"))
+    flops = predicted.forward_flops + predicted.backward_flops
+    assert float(cells[0]["ms/step"].replace(",", "")) == pytest.approx(flops / 1e6, rel=0.01)
+    assert below[-1].startswith("given: as given")
+    ((record,),) = [json.loads((tmp_path / "cost.json").read_text())]
+    assert [one["groups"] for one in record["scaling"]] == [[[1, 2, 3]], [[1, 2, 3]], [[1], [2, 3]]]
+    assert record["scaling"][0]["seconds"] == pytest.approx(flops / 1e9)
+    kinds = [message["kind"] for message in record["scaling"][1]["messages"]]
+    assert kinds == ["labels", "norms", "embeddings", "gradients"]
+
+
+def test_several_rules_are_predicted_and_what_does_not_fit_is_named(capsys):
+    many = f"cost --rule blockwise,end_to_end --granularity 1,3 {SMALL} --processes 3"
+    assert exit_code(f"{many} --parallel blocks:3 --machine 1e9,1e9,1e-5") == 0
+    printed = capsys.readouterr().out
+    table = printed.partition("predicted, not measured")[2]
+    rows = [line.split() for line in table.splitlines() if line.split()[3:4] == ["blocks:3"]]
+    assert [(row[0], row[1]) for row in rows] == [("blockwise", "3"), ("end_to_end", "3")]
+    assert "blockwise in 1 stage is not predicted on several processes: " in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ("--processes 0", "--processes is '0'; allowed: whole numbers above 0, e.g. 8 or 8,64,512"),
+        ("--processes 2,x", "--processes is '2,x'; allowed"),
+        ("--processes 9", "9 processes cannot share a batch of 8 images; allowed: 1 to 8"),
+        ("--processes 2 --parallel stages", "unknown parallel 'stages'; allowed: data, blocks, blocks:P"),
+        ("--processes 2 --machine a1", "--machine is 'a1'; allowed: a100, a100-ethernet, h100, here, or FLOPS"),
+        ("--parallel data", "--parallel says how several processes run; give --processes too"),
+        ("--set processes=2", "unknown setting 'processes'"),
+        ("--set machine=here", "unknown setting 'machine'"),
+    ],
+)
+def test_what_cannot_be_predicted_is_one_sentence(options, sentence, capsys):
+    assert exit_code(f"cost --rule blockwise {SMALL} {options}") == 2
+    caught = capsys.readouterr()
+    assert sentence in caught.err and caught.err.count("\n") == 1 and not caught.out
+
+
 # -- the guide --------------------------------------------------------------------------------------------------------
 
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "cost.md"
