@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from localsim.brain_command import BRAIN_EXAMPLES, add_brain_options, brain
+from localsim.compare_command import COMPARE_EXAMPLES, add_compare_options, compare
 from localsim.cost_command import COST_EXAMPLES, add_cost_options
 from localsim.errors import Interrupted, TrainingFailed, UserError, out_of_memory
-from localsim.options import add_debug, add_where, given, int_or_word
+from localsim.options import add_debug, given, int_or_word
 from localsim.report_command import REPORT_EXAMPLES, add_report_options, report
 from localsim.sweep_command import SWEEP_ABOUT, SWEEP_EXAMPLES, add_sweep_options, sweep_command
 
@@ -44,14 +45,6 @@ examples:
   localsim probe runs/first --protocol paper           SGD, 100 epochs, crops and flips (Siddiqui et al. 2023)
 """
 
-COMPARE_EXAMPLES = """\
-examples:
-  localsim compare runs/first runs/second              debiased CKA of what ends the backbone's own stages
-  localsim compare runs/* --measure cka_debiased,rsa   by two measures; runs that differ in seed alone are one regime
-  localsim compare runs/first --over-training          of a run with --set snapshot_every=1: each snapshot
-  localsim compare runs/* --layers units --images 500  every unit block, on 500 test images
-"""
-
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -69,12 +62,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return command(arguments)
     except KeyboardInterrupt as stopped:
         kept = (str(stopped) or "continue with --resume") if isinstance(stopped, Interrupted) else "by Ctrl-C"
-        print(f"localsim: stopped; {kept}", file=sys.stderr)
+        if not getattr(stopped, "said_elsewhere", False):
+            print(f"localsim: stopped; {kept}", file=sys.stderr)
         return 130
     except UserError as error:
         if arguments.debug:
             raise
-        print(f"localsim: {error}", file=sys.stderr)
+        if not getattr(error, "said_elsewhere", False):
+            print(f"localsim: {error}", file=sys.stderr)
         return 1 if isinstance(error, TrainingFailed) else 2
     except (MemoryError, RuntimeError) as error:
         if arguments.debug or not out_of_memory(error):
@@ -137,6 +132,8 @@ def make_parser() -> argparse.ArgumentParser:
     how.add_argument("--out", metavar="DIR", help="the run folder (default: runs/RULE-...)")
     how.add_argument("--resume", action="store_true", help="continue the run in the folder")
     how.add_argument("--device", metavar="NAME", help="auto (default), cpu, cuda, cuda:N")
+    how.add_argument("--parallel", metavar="KIND", help="what the processes that torchrun started divide: data "
+                     "(default), blocks, blocks:P")  # fmt: skip
     add_debug(how)
 
     probe = _command(commands, "probe", "linear and k-NN accuracy of every stage, beside the untrained network",
@@ -155,32 +152,8 @@ def make_parser() -> argparse.ArgumentParser:
     probe.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N (default: the run's)")
     add_debug(probe)
 
-    compare = _command(commands, "compare", "similarity of layers within and between runs, as tables and plots",
-                       COMPARE_EXAMPLES, _compare)  # fmt: skip
-    compare.add_argument("runs", metavar="RUN", nargs="+", help="run folders, or torchvision:NAME, timm:NAME")
-    what = compare.add_argument_group("what is compared, and how")
-    what.add_argument("--measure", metavar="NAME", default="cka_debiased",
-                      help="cka_debiased (default), cka, cka_rbf, rsa, procrustes, svcca, predictivity, "
-                           "mutual_knn, ...; or several: cka,rsa. An unknown name lists all")  # fmt: skip
-    what.add_argument("--layers", metavar="WHICH", default="ends",
-                      help="ends (default: what ends the backbone's own stages), stages, units, readouts, or modules "
-                           "by name: layer2,layer3.0.conv1")  # fmt: skip
-    what.add_argument("--spatial", metavar="HOW", default="mean",
-                      help="maps become vectors by their mean (default), 2x2 (any k x k), flatten, or project1000 (any "
-                           "number)")  # fmt: skip
-    what.add_argument(
-        "--images", metavar="N", type=int, default=1000, help="test images, or all if they are fewer (default 1000)"
-    )
-    what.add_argument("--controls", metavar="NAMES", default="untrained",
-                      help="untrained (default), calibrated, both with a comma, or none")  # fmt: skip
-    what.add_argument("--over-training", action="store_true", help="every snapshot of the runs too")
-    what.add_argument("--resamples", metavar="N", type=int, default=200,
-                      help="draws of images for the 95 %% intervals (default 200, 0: none)")  # fmt: skip
-    what.add_argument("--permutations", metavar="N", type=int, default=100,
-                      help="mismatched orders of the images for the tables' chance level (default 100, "
-                           "0: none)")  # fmt: skip
-    what.add_argument("--seed", metavar="N", type=int, default=0, help="of the draws (default 0)")
-    add_where(compare, "folder for tables and figures (default: comparisons/NAMES)")
+    about = "similarity of layers within and between runs, as tables and plots"
+    add_compare_options(_command(commands, "compare", about, COMPARE_EXAMPLES, compare))
 
     sweep = _command(
         commands, "sweep", "a grid of configurations: plan, train, one table", SWEEP_EXAMPLES, sweep_command
@@ -241,13 +214,6 @@ def _probe(arguments: argparse.Namespace) -> int:
         with writing(run.path):
             table = probe(run, **options, name=name)
         print(f"{run.path / name}.json\n{table}\n")
-    return 0
-
-
-def _compare(arguments: argparse.Namespace) -> int:
-    from localsim.analysis.comparing import compare_runs
-
-    compare_runs(**{name: value for name, value in vars(arguments).items() if name not in ("command", "debug")})
     return 0
 
 

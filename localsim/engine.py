@@ -17,14 +17,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from localsim.distributed.peers import Peers
 from localsim.errors import UserError
 from localsim.network import IMAGES, Embedding, LocalNetwork, Tap, tensors_of
 from localsim.rng import keyed
+from localsim.signals import Signal, merged, summed
 from localsim.transport import direct_reads
 
 
@@ -43,13 +45,23 @@ class Hooks:
     on_final: Callable[[list[nn.Parameter]], None] | None = None
 
 
-@dataclass
-class _Signal:
-    """A boundary gradient at the top of a segment and the credit that its tap (or merged taps) has from here down."""
+class Links(Protocol):
+    """What a process that runs some of the stages hears from those that run the others, and tells them.
 
-    row: np.ndarray
-    grads: list[Tensor]
-    sent: bool = False
+    Their outputs go up by `Hooks.on_stage`.
+    """
+
+    def context(self, stage: int) -> list[Tensor]:
+        """Return for every view the output of a stage that runs elsewhere, or the images as `IMAGES`."""
+        ...
+
+    def receive_signals(self, like: list[Tensor], num: int) -> list[Signal]:
+        """Return the `num` signals that come down to this process's highest stage, their gradients shaped as `like`."""
+        ...
+
+    def send_signals(self, signals: list[Signal]) -> None:
+        """Send down the signals for the stage below this process's lowest."""
+        ...
 
 
 @dataclass
@@ -63,7 +75,7 @@ class _Segment:
     inputs: list[Tensor]
     outputs: list[Tensor]
     parameters: list[nn.Parameter]
-    signals: list[_Signal] = field(default_factory=list)
+    signals: list[Signal] = field(default_factory=list)
 
 
 def backward(
@@ -76,6 +88,9 @@ def backward(
     hooks: Hooks | None = None,
     taps: Sequence[int] | None = None,
     start: int = 0,
+    stop: int | None = None,
+    peers: Peers | None = None,
+    links: Links | None = None,
 ) -> dict[int, Tensor]:
     """Run one forward pass of every view and add to every `.grad` what the credit matrix allows.
 
@@ -96,10 +111,14 @@ def backward(
         taps: indices of the taps that act; by default all. The others are not computed, and no stage above the last
             one that the acting taps need is run.
         start: the stage that the views enter. Above 0 they are outputs of the stage below it, which the acting taps
-            must not reach.
+            must not reach, unless there are links.
+        stop: run the stages below this one only, with their taps; the others run elsewhere, at the ends of the links.
+        peers: the processes among which the batch is divided: views and labels are this one's rows. Losses are those of
+            the whole batch, gradients add up over all processes; `localsim.distributed.norms.divide` has told `net`.
+        links: to the processes that run the stages below `start` and from `stop` on.
 
     Returns:
-        The detached loss of every acting tap, by its index in `net.taps`.
+        The detached loss of every acting tap whose stage runs here, by its index in `net.taps`.
 
     Raises:
         UserError: no view was given, the precision is unknown, or an acting tap needs what is below `start`.
@@ -111,16 +130,23 @@ def backward(
     acting = range(len(net.taps)) if taps is None else sorted(taps)
     if len(set(acting)) != len(acting) or not set(acting) <= set(range(len(net.taps))):
         raise UserError(f"taps {list(acting)} cannot act; allowed: each at most once of 0 to {len(net.taps) - 1}")
-    step = _Step(net, labels, key, precision, hooks or Hooks(), acting, start)
-    inputs = step.enter(views)
     above = len(net.stages) if taps is None else 1 + max((net.taps[tap].fires for tap in taps), default=start - 1)
+    above = min(above, len(net.stages) if stop is None else stop)
+    step = _Step(net, labels, key, precision, hooks or Hooks(), acting, (start, above), peers, links)
+    inputs = step.enter(views)
     for now in range(start, above):
         inputs = step.run_stage(now, inputs)
+        step.settle()
         if eager:
-            step.fire_and_route(now)
+            step.fire(now)
+            step.route(now)
     if not eager:
         for now in range(start, above):
-            step.fire_and_route(now)
+            step.fire(now)
+            step.route(now)
+    if links is not None:
+        step.hear_and_tell(links)
+    step.settle()
     return step.losses
 
 
@@ -135,32 +161,42 @@ class _Step:
         precision: str,
         hooks: Hooks,
         taps: Sequence[int],
-        start: int,
+        here: tuple[int, int],
+        peers: Peers | None,
+        links: Links | None,
     ) -> None:
         self.net = net
-        self.labels = labels
+        self.peers = peers
+        self.links = links
+        self.labels = labels if labels is None or peers is None else peers.gather_rows(labels)
         self.key = key
         self.hooks = hooks
-        self.start = start
+        self.start, self.stop = start, stop = here
         self.direct = net.transport == "direct_feedback"
         self.autocast = autocast(precision, net.device.type)
-        self.waiting = {index: net.taps[index] for index in taps}
         self.credit = net.credit.only(taps)
-        reads_below = any(tap.stage < start or tap.context == IMAGES for tap in self.waiting.values())
-        if start and (reads_below or self.credit.matrix[:, :start].any()):
+        acting = {index: net.taps[index] for index in taps}
+        reads_below = any(tap.stage < start or tap.context == IMAGES for tap in acting.values())
+        if start and links is None and (reads_below or self.credit.matrix[:, :start].any()):
             raise UserError(f"a tap needs what is below stage {start + 1}, where the views enter")
-        self.last_use = self.credit.last_use([tap.fires for tap in self.waiting.values()])
+        self.last_use = self.credit.last_use([tap.fires for tap in acting.values()])
+        self.waiting = {index: tap for index, tap in acting.items() if start <= tap.stage < stop}
         self.alive: dict[int, _Segment] = {}
         self.held: dict[int, list[Tensor]] = {}
+        self.going_down: list[Signal] = []
+        self.adding_up: list[tuple[list[nn.Parameter], Callable[[], list[Tensor | None]]]] = []
         self.losses: dict[int, Tensor] = {}
 
     # -- forward -----------------------------------------------------------------------------------------------------
 
     def enter(self, views: Sequence[Tensor]) -> list[Tensor]:
         """Return what the first stage to run sees of the views."""
+        sees_images = any(tap.context == IMAGES for tap in self.waiting.values())
         if self.start:
+            if sees_images and self.links is not None:
+                self.held[IMAGES] = self.links.context(IMAGES)
             return list(views)
-        if any(tap.context == IMAGES for tap in self.waiting.values()):
+        if sees_images:
             self.held[IMAGES] = [view.detach() for view in views]
         return [self.net.fold(view) for view in views]
 
@@ -192,18 +228,17 @@ class _Step:
 
     # -- taps --------------------------------------------------------------------------------------------------------
 
-    def fire_and_route(self, now: int) -> None:
-        """Compute the losses that become possible after stage `now`, then route and free what is complete."""
+    def fire(self, now: int) -> None:
+        """Compute the losses that become possible after stage `now`, and forget the maps that no other waits for."""
         for tap_index, tap in list(self.waiting.items()):
             if tap.fires == now:
                 del self.waiting[tap_index]
-                self.fire(tap_index, tap)
+                self.fire_tap(tap_index, tap)
         for stage in list(self.held):
             if not any(stage in (tap.stage, tap.context) for tap in self.waiting.values()):
                 del self.held[stage]
-        self.route(now)
 
-    def fire(self, index: int, tap: Tap) -> None:
+    def fire_tap(self, index: int, tap: Tap) -> None:
         """Compute one tap's loss, add its own gradients, and leave its signal at the top of its stage's segment."""
         row = self.net.credit.matrix[index, : tap.stage + 1]
         # under direct feedback the error has their shape, and without any there is nothing for it to change
@@ -217,11 +252,12 @@ class _Step:
                 reads, contexts, lambda view: keyed(self.key, "tap", index, view, device=self.net.device)
             )
         embeddings = [_each(_at_least_float32, z) for z in embeddings]
+        everyones = [_each(self.of_all_images, z) for z in embeddings]
         with keyed(self.key, "objective", index, device=self.net.device):
-            loss = tap.objective(tuple(embeddings), self.labels)
+            loss = tap.objective(tuple(everyones), self.labels)
         self.losses[index] = loss.detach()
         if self.hooks.on_tap:
-            self.hooks.on_tap(index, tuple(_each(Tensor.detach, z) for z in embeddings), loss.detach())
+            self.hooks.on_tap(index, tuple(_each(Tensor.detach, z) for z in everyones), loss.detach())
         errors = [tensors_of(z) for z in embeddings] if self.direct else [[read] for read in reads]
         signalled = [x for parts in errors for x in parts if x.requires_grad] if wanted else []
         targets = [*signalled, *parameters]
@@ -232,9 +268,13 @@ class _Step:
             found = iter(grads)
             signal = [[_or_zeros(next(found) if x.requires_grad else None, x) for x in parts] for parts in errors]
             joined = [_joined(g, heard[0]) if self.direct else g[0] for g in signal]
-            self.alive[tap.stage].signals.append(_Signal(row, joined))
+            self.alive[tap.stage].signals.append(Signal(row, joined))
             grads = grads[len(signalled) :]
         self.finish(parameters, grads)
+
+    def of_all_images(self, z: Tensor) -> Tensor:
+        """Return what a head gave for the whole batch; what has no row per image is the same on every process."""
+        return z if self.peers is None or z.dim() < 2 else self.peers.gather(z)
 
     # -- credit routing ----------------------------------------------------------------------------------------------
 
@@ -251,32 +291,32 @@ class _Step:
         """Carry down, through a segment that stays alive, the signals that the retiring stages below wait for."""
         segment = self.alive[stage]
         moving = [s for s in segment.signals if not s.sent and s.row[: for_stages_up_to + 1].any()]
-        for group in _merged(moving, stage):
+        for group in merged(moving, stage):
             if self.direct:
                 grads: Sequence[Tensor] = group.grads
             else:
                 grads = torch.autograd.grad(segment.outputs, segment.inputs, group.grads, retain_graph=True)
-            self.alive[stage - 1].signals.append(_Signal(group.row[:stage], list(grads)))
+            self.pass_down(stage, group, grads)
         for signal in moving:
             signal.sent = True
 
     def retire(self, stage: int) -> None:
         """Give a segment its parameter gradients, send its remaining signals down, and free its graph."""
         segment = self.alive.pop(stage)
-        whole = _merged(segment.signals, stage + 1)
+        whole = merged(segment.signals, stage + 1)
         if len(whole) == 1 and not any(signal.sent for signal in segment.signals):
             jobs = [(whole[0], whole[0].row[stage], whole[0].row[:stage].any())]
         else:
             here = [s for s in segment.signals if s.row[stage] > 0]
             below = [s for s in segment.signals if not s.sent and s.row[:stage].any()]
-            jobs = [(group, 0.0, True) for group in _merged(below, stage)]
+            jobs = [(group, 0.0, True) for group in merged(below, stage)]
             if here:
-                jobs.append((_summed(here, stage), 1.0, False))
+                jobs.append((summed(here, stage), 1.0, False))
         parameter_grads: Sequence[Tensor | None] = [None] * len(segment.parameters)
         for number, (signal, weight, goes_below) in enumerate(jobs):
             inputs = segment.inputs if goes_below else []
             if goes_below and self.direct:
-                self.alive[stage - 1].signals.append(_Signal(signal.row[:stage], signal.grads))
+                self.pass_down(stage, signal, signal.grads)
             targets = [*inputs, *(segment.parameters if weight > 0 else [])]
             if not targets:
                 continue
@@ -284,14 +324,43 @@ class _Step:
                 segment.outputs, targets, signal.grads, retain_graph=number + 1 < len(jobs), allow_unused=True
             )
             if inputs:
-                below_grads = [_or_zeros(g, x) for x, g in zip(inputs, grads, strict=False)]
-                self.alive[stage - 1].signals.append(_Signal(signal.row[:stage], below_grads))
+                self.pass_down(stage, signal, [_or_zeros(g, x) for x, g in zip(inputs, grads, strict=False)])
             if weight > 0:
                 own = grads[len(inputs) :]
                 parameter_grads = own if weight == 1 else [None if g is None else g * weight for g in own]
         self.finish(segment.parameters, parameter_grads)
 
+    def pass_down(self, stage: int, signal: Signal, grads: Sequence[Tensor]) -> None:
+        """Leave a signal that has crossed a stage at the top of the one below, wherever that runs."""
+        arriving = self.going_down if stage == self.start else self.alive[stage - 1].signals
+        arriving.append(Signal(signal.row[:stage], list(grads)))
+
+    def hear_and_tell(self, links: Links) -> None:
+        """Complete the step with what comes from the stages above `stop`, and send on what is for those below."""
+        for above in sorted({tap.fires for tap in self.waiting.values()}):
+            self.held[above] = links.context(above)
+            self.fire(above)
+        if num := self.credit.signals_down(self.stop):
+            top = self.alive[self.stop - 1]
+            top.signals += links.receive_signals(top.outputs, num)
+        self.route(len(self.net.stages))
+        if self.credit.signals_down(self.start):
+            links.send_signals(merged(self.going_down, self.start))
+
     def finish(self, parameters: list[nn.Parameter], grads: Sequence[Tensor | None]) -> None:
+        """Give parameters their final gradients, at once or when those of all processes have been added up."""
+        if self.peers is None:
+            self.give(parameters, grads)
+        elif any(grad is not None for grad in grads):
+            self.adding_up.append((parameters, self.peers.start_sum(grads)))
+
+    def settle(self) -> None:
+        """Wait for the gradients that are being added up."""
+        for parameters, wait in self.adding_up:
+            self.give(parameters, wait())
+        self.adding_up = []
+
+    def give(self, parameters: list[nn.Parameter], grads: Sequence[Tensor | None]) -> None:
         """Add final gradients to `.grad` and say so."""
         for parameter, grad in zip(parameters, grads, strict=True):
             if grad is not None:
@@ -299,32 +368,6 @@ class _Step:
                 parameter.grad = grad if parameter.grad is None else parameter.grad + grad
         if self.hooks.on_final and any(grad is not None for grad in grads):
             self.hooks.on_final(parameters)
-
-
-def _merged(signals: Sequence[_Signal], width: int) -> list[_Signal]:
-    """Return one signal per group whose rows, up to `width`, are proportional; rows of zeros are dropped."""
-    groups: dict[bytes, list[_Signal]] = {}
-    for signal in signals:
-        row = signal.row[:width]
-        if row.any():
-            groups.setdefault((row / row.max()).tobytes(), []).append(signal)
-    merged = []
-    for group in groups.values():
-        first, *others = group
-        grads = first.grads
-        for other in others:
-            ratio = float(other.row[:width].max() / first.row[:width].max())
-            grads = [g + o * ratio for g, o in zip(grads, other.grads, strict=True)]
-        merged.append(_Signal(first.row, grads))
-    return merged
-
-
-def _summed(signals: Sequence[_Signal], stage: int) -> _Signal:
-    """Return the sum of signals weighted with their credit for `stage`."""
-    grads = [g * float(signals[0].row[stage]) for g in signals[0].grads]
-    for signal in signals[1:]:
-        grads = [total + g * float(signal.row[stage]) for total, g in zip(grads, signal.grads, strict=True)]
-    return _Signal(np.zeros(0), grads)
 
 
 def _laid_out_as(parameter: nn.Parameter, grad: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +18,11 @@ from localsim.analysis import plots
 from localsim.analysis.stage_probe import probe
 from localsim.assembly import build_network, build_trunk, trunk_size
 from localsim.backbones import Backbone, unit_shapes
+from localsim.checksums import set_damaged_aside
 from localsim.config import FREE, Config
 from localsim.credit import Credit
 from localsim.data import Batch, Data, ViewLoader
+from localsim.distributed.team import Team, join
 from localsim.errors import UserError
 from localsim.files import write_text
 from localsim.network import LocalNetwork
@@ -74,26 +77,38 @@ def run(
     Raises:
         UserError: something asked for cannot be done.
         localsim.train.TrainingFailed: a loss is not finite or a stage has collapsed.
+        ProcessLost: of several processes that train together, one is gone or does not answer.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after a checkpoint was written.
     """
     if credit is not None:
         settings["credit"] = credit.to_config() if isinstance(credit, Credit) else credit
     settings = {name: value for name, value in settings.items() if value is not None}
-    say: Say = (lambda _text: None) if quiet else print
-    if resume:
-        opened = _reopen(rule, preset, out, settings)
-    else:
-        config = resolve(rule or "blockwise", preset, settings)
-        opened = Run(Path(out) if out is not None else _default_folder(config), config)
-        runs.refuse_existing(opened.path)
-        if opened.path.is_dir() and any(one.name != "lock" for one in opened.path.iterdir()):
-            raise UserError(f"{opened.path} holds something else than a run; choose another --out, or an empty folder")
-    # all that can be wrong with a configuration shows here, before a folder is made
-    prepared = prepare(opened.config)
-    with runs.writing(opened.path):
-        if not resume:
-            runs.start_run(opened.path, opened.config)
-        _carry_out(opened, prepared, say, progress=not quiet, on_metrics=on_metrics)
+    began = time.monotonic()
+    with ExitStack() as held:
+        with join(settings.get("timeout_seconds")) as team:
+            say: Say = print if team.writes and not quiet else lambda _text: None
+            with team.together():
+                opened = _reopen(rule, preset, out, settings) if resume else _open_new(rule, preset, out, settings)
+                # all that can be wrong with a configuration shows here, before a folder is made
+                prepared = prepare(opened.config, team)
+            with team.together():
+                if team.writes:
+                    held.enter_context(runs.writing(opened.path))
+                    _start(opened, prepared, say, new=not resume)
+            with team.watched(opened.path):
+                _train(opened, prepared, team, say, progress=team.writes and not quiet, on_metrics=on_metrics)
+        if team.writes:
+            _conclude(opened, prepared, say, whole=team.relay is None)
+            say(f"\ndone in {(time.monotonic() - began) / 60:.1f} min; figures in {opened.path / 'figures'}")
+    return opened
+
+
+def _open_new(rule: str | None, preset: str | None, out: str | Path | None, settings: dict[str, Any]) -> Run:
+    config = resolve(rule or "blockwise", preset, settings)
+    opened = Run(Path(out) if out is not None else _default_folder(config), config)
+    runs.refuse_existing(opened.path)
+    if opened.path.is_dir() and any(one.name != "lock" for one in opened.path.iterdir()):
+        raise UserError(f"{opened.path} holds something else than a run; choose another --out, or an empty folder")
     return opened
 
 
@@ -106,15 +121,20 @@ class Prepared:
     loader: ViewLoader
     plan: str
     views: Figure
-    cost: StepCost | None  # None where nothing is trained
+    cost: StepCost | None  # None where nothing is trained, and where this process is to have some of the stages only
 
 
-def prepare(config: Config) -> Prepared:
-    """Build the network, open the images, rehearse a step: what is wrong shows before a folder is made."""
+def prepare(config: Config, team: Team | None = None) -> Prepared:
+    """Build the network, open the images, rehearse a step: what is wrong shows before a folder is made.
+
+    Of several processes each rehearses its own share of a batch, and says nothing to the others.
+    """
     from localsim.analysis.probes import MIN_TEST_IMAGES
 
-    device = open_device(config.device)
+    team = team or Team()
+    device = open_device(team.device(config.device))
     trunk = backbone, stages = build_trunk(config)
+    team.arrange(config, len(stages))
     # before the network is made of it: a transport changes what autograd holds of a layer
     cuts = cut_table(backbone, stages, trunk_size(config))
     net = build_network(config, trunk).to(device)
@@ -124,7 +144,7 @@ def prepare(config: Config) -> Prepared:
     if config.compile:
         net.compile_stages()
     data = open_data(config)
-    loader = open_loader(config, data, device)
+    loader = open_loader(config, data, device, share=(team.copy, team.copies))
     first_views = loader
     if len(net.taps):
         schedule = Schedule.of(config, loader.steps_per_epoch, len(net.taps))
@@ -137,8 +157,8 @@ def prepare(config: Config) -> Prepared:
         )
     batch = next(iter(first_views.epoch(0)))
     check_labels(config, net, data, batch)
-    cost = rehearse(net, batch, config) if len(net.taps) else None
-    plan = describe(config, net, cuts, data, loader, cost)
+    cost = rehearse(net, batch, config) if len(net.taps) and team.groups is None else None
+    plan = "\n".join([describe(config, net, cuts, data, loader, cost), *team.describe()])
     return Prepared(data, net, loader, plan, draw_views(data, batch, net.patches), cost)
 
 
@@ -174,37 +194,55 @@ def check_labels(config: Config, net: LocalNetwork, data: Data, batch: Batch) ->
         )
 
 
-def _carry_out(opened: Run, prepared: Prepared, say: Say, *, progress: bool, on_metrics: OnMetrics | None) -> None:
-    path, config = opened.path, opened.config
-    data, net, loader = prepared.data, prepared.net, prepared.loader
-    began = time.monotonic()
+def _start(opened: Run, prepared: Prepared, say: Say, *, new: bool) -> None:
+    path = opened.path
+    if new:
+        runs.start_run(path, opened.config)
+    set_damaged_aside(path)
     runs.record_environment(path)
     write_text(path / "plan.txt", prepared.plan + "\n")
     say(prepared.plan + f"\n\nrun folder: {path}\n")
     plots.save(prepared.views, path / "figures" / "views.png")
-    plots.save(draw_credit(net), path / "figures" / "credit.png")
-    if len(net.taps):
-        total = Schedule.of(config, loader.steps_per_epoch, len(net.taps)).total_steps
-        if before := runs.checkpoint_step(path):
-            say(f"continued after step {before} of {total}\n")
-            if before < total:
-                runs.set_probe_aside(path, before)
-        step = train(net, loader, config, path, num_classes=len(data.classes), progress=progress, on_metrics=on_metrics)
-        if rows := runs.read_metrics(path):
-            plots.save(plots.loss_curves(rows), path / "figures" / "loss.png")
-        say(f"trained {step} steps in {(time.monotonic() - began) / 60:.1f} min; {peak_memory(net.device)}\n")
-        if step < total:
-            say(f"stopped by max_steps after {step} of {total} steps; continue with --resume\n")
-    num_skipped = loader.num_skipped + data.num_skipped
+    plots.save(draw_credit(prepared.net), path / "figures" / "credit.png")
+
+
+def _train(
+    opened: Run, prepared: Prepared, team: Team, say: Say, *, progress: bool, on_metrics: OnMetrics | None
+) -> None:
+    path, config, net, loader = opened.path, opened.config, prepared.net, prepared.loader
+    if not len(net.taps):
+        return
+    began = time.monotonic()
+    total = Schedule.of(config, loader.steps_per_epoch, len(net.taps)).total_steps
+    if team.writes and (before := runs.checkpoint_step(path)):
+        say(f"continued after step {before} of {total}\n")
+        if before < total:
+            runs.set_probe_aside(path, before)
+    num_classes = len(prepared.data.classes)
+    step = train(
+        net, loader, config, path, num_classes=num_classes, progress=progress, on_metrics=on_metrics, team=team
+    )
+    if not team.writes:
+        return
+    if rows := runs.read_metrics(path):
+        plots.save(plots.loss_curves(rows), path / "figures" / "loss.png")
+    say(f"trained {step} steps in {(time.monotonic() - began) / 60:.1f} min; {peak_memory(net.device)}\n")
+    if step < total:
+        say(f"stopped by max_steps after {step} of {total} steps; continue with --resume\n")
+
+
+def _conclude(opened: Run, prepared: Prepared, say: Say, *, whole: bool) -> None:
+    path, data = opened.path, prepared.data
+    num_skipped = prepared.loader.num_skipped + data.num_skipped
     if num_skipped:
         say(f"skipped {num_skipped} unreadable images (the warnings name them)\n")
     if data.test is None:
         say(f"data set {data.name!r} has no labels: nothing to probe")
-    elif config.probe_protocol == "none":
+    elif opened.config.probe_protocol == "none":
         say(f"not probed; `localsim probe {path} --protocol logistic` does it")
     else:
-        say(str(probe(opened, data=data, trained=net)))
-    say(f"\ndone in {(time.monotonic() - began) / 60:.1f} min; figures in {path / 'figures'}")
+        # of a network whose stages were spread over processes, the folder alone has all weights
+        say(str(probe(opened, data=data, trained=prepared.net if whole else None)))
 
 
 def _reopen(rule: str | None, preset: str | None, out: str | Path | None, settings: dict[str, Any]) -> Run:

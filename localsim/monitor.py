@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from localsim import engine
-from localsim.errors import TrainingFailed
+from localsim.distributed.peers import Peers
+from localsim.distributed.relay import Relay
+from localsim.errors import TrainingFailed, UserError
 from localsim.network import IMAGES, Embedding, LocalNetwork, tensors_of
 
 COLLAPSED_RANK = 1.1
@@ -70,6 +72,8 @@ class OnlineProbe:
         weights = self.weights[stage]
         if weights is None:
             weights = torch.zeros(x.shape[1], self.num_classes, device=x.device)
+        elif len(weights) != x.shape[1]:
+            raise UserError(f"the checkpoint's online probe of stage {stage + 1} is that of another network")
         logits = x @ weights
         self.hits[stage] += int((logits.argmax(1) == labels).sum())
         self.seen[stage] += len(labels)
@@ -92,6 +96,7 @@ class Monitor:
     def __init__(self, net: LocalNetwork, num_classes: int, *, stops: bool = True) -> None:
         self.stops = stops
         self.pooled = net.pooled
+        self.peers: Peers | None = None  # processes with the other rows of every batch
         self.stage_names = [f"stage{i + 1}" for i in range(len(net.stages))]
         self.tap_names = tap_names(net)
         self.probe = OnlineProbe(len(net.stages), num_classes) if num_classes else None
@@ -110,7 +115,7 @@ class Monitor:
     def on_stage(self, stage: int, outputs: list[Tensor], alive: tuple[int, ...]) -> None:
         """Engine hook: feed the online probe."""
         if self.probe is not None and self.labels is not None:
-            self.probe.observe(stage, self.pooled(outputs[0]).float(), self.labels)
+            self.probe.observe(stage, self._all_rows(self.pooled(outputs[0]).float()), self._all_rows(self.labels))
 
     def on_tap(self, tap: int, embeddings: tuple[Embedding, ...], loss: Tensor) -> None:
         """Engine hook: add up the loss; TrainingFailed if it is not a number."""
@@ -129,6 +134,7 @@ class Monitor:
         precision: str = "full",
         taps: Sequence[int] | None = None,
         start: int = 0,
+        relay: Relay | None = None,
     ) -> None:
         """Measure effective ranks on a clean pass, and stop a run that has collapsed.
 
@@ -141,6 +147,8 @@ class Monitor:
             precision: of the pass.
             taps: those that act, by default all.
             start: the stage that `views` enter.
+            relay: the links to the processes that run the other stages; `views` do not matter where it is not the
+                lowest.
 
         Raises:
             TrainingFailed: a tap's embeddings have collapsed at this and the two checks before (unless the monitor was
@@ -152,11 +160,27 @@ class Monitor:
         modes = [(module, module.training) for module in (net, *net.stages)]
         net.eval()
         with torch.no_grad(), engine.autocast(precision, net.device.type)():
-            views = views[: CHECKED_IMAGES * (net.patches_per_image if start else 1)]
-            needed = range(start, 1 + max((net.taps[tap].fires for tap in taps), default=start - 1))
-            outputs = dict(zip(needed, net.stage_outputs(views, start), strict=False))
-            outputs[IMAGES] = views
-            embeddings = {tap: tensors_of(net.taps[tap].embed(outputs))[0].flatten(1).float() for tap in taps}
+            images: Tensor | None = views
+            if relay is not None and relay.below is not None:
+                views, images = relay.clean_maps()
+            else:
+                views = views[: self._checked_rows(len(views)) * (net.patches_per_image if start else 1)]
+                images = views
+            here = range(start, len(net.stages)) if relay is None else relay.stages
+            needed = range(start, min(here.stop, 1 + max((net.taps[tap].fires for tap in taps), default=start - 1)))
+            outputs: dict[int, Tensor] = {} if images is None else {IMAGES: images}
+            for stage, out in zip(needed, net.stage_outputs(views, start), strict=False):
+                outputs[stage] = out
+                if relay is not None:
+                    relay.pass_clean(stage, out, images)
+            seen = list(outputs)
+            if relay is not None:
+                outputs |= relay.clean_contexts()
+            embeddings = {
+                tap: self._checked(tensors_of(net.taps[tap].embed(outputs))[0].flatten(1).float())
+                for tap in taps
+                if net.taps[tap].stage in here
+            }
         for module, mode in modes:
             module.train(mode)
         for index, z in embeddings.items():
@@ -165,7 +189,9 @@ class Monitor:
                     f"the embeddings of tap {self.tap_names[index]} are not finite after step {self.step}"
                 )
         self.ranks = {
-            self.stage_names[stage]: effective_rank(net.pooled(h)) for stage, h in outputs.items() if stage != IMAGES
+            self.stage_names[stage]: effective_rank(self._checked(net.pooled(outputs[stage])))
+            for stage in seen
+            if stage != IMAGES
         }
         self.embedding_ranks = {}
         for index, z in embeddings.items():
@@ -181,6 +207,21 @@ class Monitor:
                     f"{spread:.1e} of their size and have effective rank {rank:.2f} of {z.shape[1]} "
                     "(--set on_collapse=continue trains on)"
                 )
+
+    def _all_rows(self, x: Tensor) -> Tensor:
+        return x if self.peers is None else self.peers.gather_rows(x)
+
+    def _checked_rows(self, num: int) -> int:
+        """Return how many of this process's `num` images are among those looked at; one at least, to be looked away."""
+        return min(CHECKED_IMAGES, num) if self.peers is None else max(1, self._among_checked())
+
+    def _among_checked(self) -> int:
+        assert self.peers is not None
+        return min(max(0, CHECKED_IMAGES - self.peers.first_image), self.peers.counts[self.peers.rank])
+
+    def _checked(self, x: Tensor) -> Tensor:
+        """Return the entries of all images that are looked at, whichever process has them."""
+        return x if self.peers is None else self.peers.gather_rows(x[: self._among_checked()])
 
     @property
     def healthy(self) -> bool:
@@ -215,12 +256,33 @@ class Monitor:
         }
 
     def load_state(self, state: dict[str, Any], device: torch.device) -> None:
-        """Take up the state that `state` returned."""
+        """Take up the state that `state` returned; UserError if it is none of this network's."""
+        if not self._fits(state):
+            raise UserError("it is not the state of a monitor of this network")
         self.suspicions, self.loss_sum = list(state["suspicions"]), list(state["loss_sum"])
         self.num_steps = list(state["num_steps"])
         if self.probe is not None and state["probe"] is not None:
             weights, self.probe.hits, self.probe.seen = state["probe"]
             self.probe.weights = [None if w is None else w.to(device) for w in weights]
+
+    def _fits(self, state: Any) -> bool:
+        """Return whether a state has an entry of the right kind for every tap, and the probe's for every stage."""
+
+        def listed(values: Any, num: int, kind: Any) -> bool:
+            return isinstance(values, list) and len(values) == num and all(isinstance(v, kind) for v in values)
+
+        taps, stages = len(self.tap_names), len(self.stage_names)
+        kinds = {"suspicions": int, "num_steps": int, "loss_sum": int | float}
+        if not isinstance(state, dict) or not all(listed(state.get(name), taps, kind) for name, kind in kinds.items()):
+            return False
+        probe = state.get("probe", 0)
+        if probe is None or self.probe is None:
+            return True
+        if not listed(probe, 3, list) or not all(listed(part, stages, int) for part in probe[1:]):
+            return False
+        weights = [w for w in probe[0] if w is not None]
+        shaped = all(w.ndim == 2 and w.shape[1] == self.probe.num_classes for w in weights if isinstance(w, Tensor))
+        return listed(probe[0], stages, Tensor | None) and shaped
 
 
 def tap_names(net: LocalNetwork) -> list[str]:

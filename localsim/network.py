@@ -243,8 +243,8 @@ class LocalNetwork(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where its parameters are."""
-        return next(self.parameters()).device
+        """Where its parameters are, those without memory (on other processes) apart."""
+        return next(parameter.device for parameter in self.parameters() if not parameter.is_meta)
 
     def stage_outputs(self, x: Tensor, start: int = 0) -> Iterator[Tensor]:
         """Yield the output map of every stage from `start` on, lowest first.
@@ -271,7 +271,7 @@ class LocalNetwork(nn.Module):
     def end_step(self) -> None:
         """Let the heads that follow the trunk's weights do so; the trainer calls it after every step."""
         for tap in self.taps:
-            if hasattr(tap.head, "end_step"):
+            if hasattr(tap.head, "end_step") and not any(parameter.is_meta for parameter in tap.parameters()):
                 cast(Any, tap.head).end_step(self)
 
     def forward(self, x: Tensor) -> Tensor:

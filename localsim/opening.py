@@ -40,8 +40,12 @@ def open_data(config: Config) -> Data:
     )
 
 
-def open_loader(config: Config, data: Data, device: torch.device) -> ViewLoader:
-    """Return the loader of augmented training views; UserError for an unknown augmentation or too few images."""
+def open_loader(config: Config, data: Data, device: torch.device, share: tuple[int, int] = (0, 1)) -> ViewLoader:
+    """Return the loader of augmented training views, or of a share of each batch, see `ViewLoader`.
+
+    Raises:
+        UserError: an unknown augmentation, or too few images.
+    """
     if config.augmentation not in AUGMENTATIONS:
         raise one_of("augmentation", config.augmentation, AUGMENTATIONS)
     return ViewLoader(
@@ -55,4 +59,5 @@ def open_loader(config: Config, data: Data, device: torch.device) -> ViewLoader:
         num_views=config.views,
         workers=config.workers,
         device=device,
+        share=share,
     )

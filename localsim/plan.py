@@ -44,7 +44,7 @@ def describe(
     ]
     tests = "no labels, no probe" if data.test is None else f"{len(data.test)} test images, {len(data.classes)} classes"
     lines.append(f"data: {data.name}, {len(data.train)} training images, {tests}")
-    if cost is None:
+    if not len(net.taps):
         return "\n".join([*lines, "nothing is trained: the untrained network is probed"])
     schedule = Schedule.of(config, loader.steps_per_epoch, len(net.taps))
     stops = schedule.last_step < schedule.total_steps
@@ -59,9 +59,13 @@ def describe(
         f"{config.precision} precision on {net.device}",
         f"parameters: trunk {trunk:,}, readouts and heads {heads:,}",
         *describe_phases(config, net, schedule),
-        f"measured cost: {cost.seconds:.2f} s per step{of_what}, {cost.held_bytes / 2**20:.0f} MiB of activations "
-        f"held at the peak; about {schedule.last_step * cost.seconds / 60:.1f} min of training",
     ]
+    if cost is not None:
+        share = f" for a share of 1 in {loader.share[1]} of the batch, without messages" if loader.share[1] > 1 else ""
+        lines.append(
+            f"measured cost{share}: {cost.seconds:.2f} s per step{of_what}, {cost.held_bytes / 2**20:.0f} MiB of "
+            f"activations held at the peak; about {schedule.last_step * cost.seconds / 60:.1f} min of training"
+        )
     if data.test is not None and config.probe_protocol != "none":
         calibrates = any(has_batch_norm(part) for part in (net.stages, *(tap.readout for tap in net.taps)))
         lines.append(
@@ -71,7 +75,7 @@ def describe(
     chances = {
         name: net.taps[tap].objective.chance_level(cost.widths[tap], config.batch_size)
         for tap, name in enumerate(tap_names(net))
-        if tap in cost.widths
+        if cost is not None and tap in cost.widths
     }
     told = {name: f"{chance:.3g}" for name, chance in chances.items() if chance is not None}
     if told:

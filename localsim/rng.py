@@ -9,11 +9,24 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 Part = int | str
+
+
+@dataclass
+class _Named:
+    """A named draw under way: its key, and how many draws row by row were made in it."""
+
+    key: int
+    draws: int = 0
+
+
+_within: ContextVar[_Named | None] = ContextVar("within", default=None)
 
 
 def key(*parts: Part) -> int:
@@ -37,12 +50,51 @@ def keyed(*parts: Part, device: torch.device | str = "cpu") -> Iterator[None]:
     """
     device = torch.device(device)
     devices = [device.index or 0] if device.type == "cuda" else []
+    named = _Named(key(*parts))
     with torch.random.fork_rng(devices=devices):
         # not torch.manual_seed: that would reseed every other device too, and leave it so
-        torch.default_generator.manual_seed(key(*parts))
+        torch.default_generator.manual_seed(named.key)
         for index in devices:
-            torch.cuda.default_generators[index].manual_seed(key(*parts))
-        yield
+            torch.cuda.default_generators[index].manual_seed(named.key)
+        before = _within.set(named)
+        try:
+            yield
+        finally:
+            _within.reset(before)
+
+
+def normal_rows(num_rows: int, width: int, *, first: int = 0, like: torch.Tensor) -> torch.Tensor:
+    """Return `(num_rows, width)` draws from N(0, 1), those of every row from a generator of its own.
+
+    Row i is row `first + i` of a batch, and its draws do not depend on which other rows there are: a process that has
+    some rows of a batch draws what one that has them all would. They depend on the innermost `keyed` and on how many
+    such draws were made in it; outside of one, on torch's default generator.
+    """
+    out = torch.empty(num_rows, width, dtype=like.dtype, device=like.device)
+    for row, drawn in _rows(out, first):
+        row.normal_(generator=drawn)
+    return out
+
+
+def uniform_rows(num_rows: int, width: int, *, first: int = 0, device: torch.device) -> torch.Tensor:
+    """Return `(num_rows, width)` float32 draws from U[0, 1), see `normal_rows`."""
+    out = torch.empty(num_rows, width, device=device)
+    for row, drawn in _rows(out, first):
+        row.uniform_(generator=drawn)
+    return out
+
+
+def _rows(out: torch.Tensor, first: int) -> Iterator[tuple[torch.Tensor, torch.Generator]]:
+    """Yield every row with its generator, seeded for it; none of a tensor without memory."""
+    within = _within.get()
+    if within is None:
+        within = _Named(int(torch.randint(2**62, ())))
+    within.draws += 1
+    if out.device.type == "meta" or type(out) is not torch.Tensor:  # such as the fake tensors of `localsim.cost`
+        return
+    drawn = torch.Generator(out.device)
+    for number, row in enumerate(out, start=first):
+        yield row, drawn.manual_seed(key(within.key, within.draws, number))
 
 
 def uniform(index: np.ndarray, num: int, *parts: Part) -> np.ndarray:

@@ -81,9 +81,10 @@ class Schedule:
         return next(phase for phase in self.phases if step < phase.stop)
 
     def optimizer(self, net: LocalNetwork, config: Config) -> torch.optim.Optimizer:
-        """Return the optimiser of a network; UserError if the configuration means none."""
+        """Return the optimiser of the parts of a network that are here; UserError if the configuration means none."""
+        here = [parameter for parameter in net.parameters() if not parameter.is_meta]
         return make_optimizer(
-            config.optimizer, net.parameters(), lr=self.peak, weight_decay=config.weight_decay, momentum=config.momentum
+            config.optimizer, here, lr=self.peak, weight_decay=config.weight_decay, momentum=config.momentum
         )
 
     def rate(self, step: int) -> float:

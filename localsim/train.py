@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +16,20 @@ from tqdm import tqdm
 
 from localsim import engine, runs
 from localsim.board import open_board
+from localsim.checksums import step_folders
 from localsim.config import Config
 from localsim.data import Batch, ViewLoader
-from localsim.errors import Interrupted, TrainingFailed
+from localsim.distributed import parts
+from localsim.distributed.norms import divide
+from localsim.distributed.team import Team
+from localsim.errors import Interrupted, TrainingFailed, UserError
 from localsim.memory import HeldBytes
 from localsim.monitor import Monitor
 from localsim.network import Embedding, LocalNetwork, tensors_of
 from localsim.rng import key
 from localsim.schedule import Schedule, acting_together
-from localsim.sources import batches, check_cache, forget_caches, open_source, set_modes
+from localsim.sources import Source, batches, check_cache, forget_caches, open_source, set_modes
+from localsim.stopping import stop_signals
 
 OnMetrics = Callable[[Mapping[str, Any]], None]
 """A function that is shown every row of metrics, see `localsim.run`."""
@@ -41,6 +44,7 @@ def train(
     num_classes: int,
     progress: bool = True,
     on_metrics: OnMetrics | None = None,
+    team: Team | None = None,
 ) -> int:
     """Train a network from its newest checkpoint in the run folder `path`, or from step 0, to the end.
 
@@ -54,6 +58,7 @@ def train(
         num_classes: for the online probe; 0 without labels.
         progress: show a progress bar (plain lines when stderr is not a terminal).
         on_metrics: called with every row of metrics, right after it was written.
+        team: the processes that train together, of which one writes the folder; by default this one alone.
 
     Returns:
         The number of steps the network has seen.
@@ -61,28 +66,44 @@ def train(
     Raises:
         TrainingFailed: a loss is not finite or a tap has collapsed; the last good checkpoint is kept.
         Interrupted: by Ctrl-C or SIGTERM, after the step and a checkpoint.
+        ProcessLost: another process is gone or does not answer.
         UserError: a checkpoint cannot be read or written.
     """
+    team = team or Team()
     schedule = Schedule.of(config, loader.steps_per_epoch, len(net.taps))
     monitor = Monitor(net, num_classes, stops=config.on_collapse == "stop")
-    optimizer = schedule.optimizer(net, config)
-    step = _restore(path, net, optimizer, monitor)
+    step, optimizer = _restore(path, net, config, schedule, monitor, team)
+    peers, relay = team.peers, team.relay
+    monitor.peers = peers
 
     def apply(_parameters: list[nn.Parameter]) -> None:
         # gradients exist only where they are final, so one optimiser steps just the stage or tap that is done
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    hooks = engine.Hooks(on_stage=monitor.on_stage, on_tap=monitor.on_tap, on_final=apply)
-    show_on_board = open_board(path, step)
+    def on_stage(stage: int, outputs: list[Tensor], alive: tuple[int, ...]) -> None:
+        if relay is not None:  # first: others wait for it
+            relay.on_stage(stage, outputs)
+        monitor.on_stage(stage, outputs, alive)
+
+    def is_late() -> bool:
+        return time.monotonic() - saved_at > 60 * config.checkpoint_minutes
+
+    hooks = engine.Hooks(on_stage=on_stage, on_tap=monitor.on_tap, on_final=apply)
+    show_on_board = open_board(path, step) if team.writes else None
     saved_at = logged_at = time.monotonic()
     images_since_log = 0
-    with _stop_signals() as stop, _Progress(schedule.last_step, step, progress) as bar:
+    with stop_signals(team.alone) as stop, _Progress(schedule.last_step, step, progress) as bar:
         while step < schedule.last_step:
             phase = schedule.phase(step)
-            source = open_source(net, loader, config, path, phase)
+            # batches enter where the lowest stage runs, and come to the others through it
+            if relay is not None and relay.below is not None:
+                source: Source = relay
+            else:
+                source = open_source(net, loader, config, path, phase)
             set_modes(net, phase)
             for epoch, batch in batches(source, step, min(phase.stop, schedule.last_step), loader.steps_per_epoch):
+                images_since_log += team.begin(batch, stop.is_set(), is_late())
                 rate = schedule.rate(step)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
@@ -91,48 +112,93 @@ def train(
                 monitor.start_step(step + 1, batch.labels)
                 try:
                     with HeldBytes(net.parameters()) if logs else contextlib.nullcontext() as held:
-                        _one_step(net, batch, config, step, hooks, phase.taps, source.start)
+                        _one_step(net, batch, config, step, hooks, phase.taps, source.start, team)
                     net.end_step()
                     if logs:
-                        monitor.check(net, batch.views[0], config.precision, phase.taps, source.start)
+                        monitor.check(net, batch.views[0], config.precision, phase.taps, source.start, relay)
                 except TrainingFailed as error:
-                    raise _failure(error, path, step) from None
+                    raise _failure(error, path, step, team) from None
                 step += 1
-                images_since_log += len(batch.indices)
-                if logs:
+                row = _row(team, monitor, held.peak if held else 0) if logs else None
+                if row is not None:
                     seconds = time.monotonic() - logged_at
                     row = {
                         "step": step,
                         "epoch": epoch,
                         "lr": rate,
-                        **monitor.flush(),
+                        **row,
                         "images_per_second": images_since_log / seconds,
-                        "held_bytes": held.peak if held else 0,
                     }
+                    row["held_bytes"] = row.pop("held_bytes")
                     runs.append_metrics(path, row)
-                    show_on_board(row)
+                    if show_on_board is not None:
+                        show_on_board(row)
                     if on_metrics is not None:
                         on_metrics(row)
                     bar.show(row)
                     logged_at, images_since_log = time.monotonic(), 0
                 bar.advance(step)
                 ends = step in (schedule.last_step, phase.stop) or step % loader.steps_per_epoch == 0
-                late = time.monotonic() - saved_at > 60 * config.checkpoint_minutes
-                if step == schedule.last_step or ((ends or late or stop.is_set()) and monitor.healthy):
-                    if bad := [name for name, p in net.named_parameters() if not p.isfinite().all()]:
-                        raise _failure(
-                            f"{bad[0]} is not finite after step {step}; a lower --lr may help", path, step - 1
-                        )
-                    runs.save_checkpoint(path, step, net, optimizer, monitor.state())
-                    if _is_due(config.snapshot_every, step, loader.steps_per_epoch):
-                        runs.save_snapshot(path, step, net)
-                    saved_at = time.monotonic()
-                if stop.is_set():
-                    raise Interrupted
+                stops, late = team.agreed(stop.is_set(), is_late())
+                if ends or late or stops:
+                    snapshot = _is_due(config.snapshot_every, step, loader.steps_per_epoch)
+                    if _keep(path, step, net, optimizer, monitor, team, step == schedule.last_step, snapshot):
+                        saved_at = time.monotonic()
+                if stops:
+                    # the first to leave may have all others ended, by torchrun for one
+                    team.finish()
+                    raise team.quiet(Interrupted())
             del source  # files that it maps keep their room on the disk
-    if step == schedule.total_steps:
+    team.finish()
+    divide(net, None)
+    if step == schedule.total_steps and team.writes:
         forget_caches(path)
     return step
+
+
+def _row(team: Team, monitor: Monitor, held_bytes: int) -> dict[str, Any] | None:
+    """Return what all processes have for a line of metrics, where it is written."""
+    told = team.collect({**monitor.flush(), "held_bytes": held_bytes})
+    if told is None:
+        return None
+    (_, first), *others = told
+    row: dict[str, Any] = {name: dict(value) if isinstance(value, dict) else value for name, value in first.items()}
+    for _, more in others:
+        for name, value in more.items():
+            row[name] = {**row[name], **value} if isinstance(value, dict) else max(row[name], value)
+    return row
+
+
+def _keep(
+    path: Path,
+    step: int,
+    net: LocalNetwork,
+    optimizer: torch.optim.Optimizer,
+    monitor: Monitor,
+    team: Team,
+    is_last: bool,
+    snapshot: bool,
+) -> bool:
+    """Write a checkpoint unless a tap is under suspicion of collapse, the last one in any case; False for none.
+
+    Raises:
+        TrainingFailed: a weight is not finite.
+    """
+    here = [(name, parameter) for name, parameter in net.named_parameters() if not parameter.is_meta]
+    bad = next((name for name, parameter in here if not parameter.isfinite().all()), None)
+    state = parts.state_of(net, team.stages, optimizer, monitor.state())
+    told = team.collect({"bad": bad, "healthy": monitor.healthy, "state": state})
+    if told is None:
+        return True
+    if bad := next((part["bad"] for _, part in told if part["bad"]), None):
+        raise _failure(f"{bad} is not finite after step {step}; a lower --lr may help", path, step - 1, team)
+    if not is_last and not all(part["healthy"] for _, part in told):
+        return False
+    whole = parts.joined(net, [(stages, part["state"]) for stages, part in told])
+    runs.save_checkpoint(path, step, whole)
+    if snapshot:
+        runs.save_snapshot(path, step, whole)
+    return True
 
 
 def _is_due(every: int, step: int, steps_per_epoch: int) -> bool:
@@ -196,6 +262,7 @@ def _one_step(
     hooks: engine.Hooks,
     taps: Sequence[int],
     start: int = 0,
+    team: Team | None = None,
 ) -> dict[int, Tensor]:
     views = batch.views
     if config.channels_last:
@@ -203,18 +270,35 @@ def _one_step(
     draws = key(config.seed, "step", step)
     # all taps: then the stages above the highest tap are run too, and watched
     chosen = None if len(taps) == len(net.taps) else taps
+    elsewhere = {} if team is None else {"stop": team.stages.stop, "peers": team.peers, "links": team.relay}
     return engine.backward(
-        net, *views, labels=batch.labels, key=draws, precision=config.precision, hooks=hooks, taps=chosen, start=start
+        net,
+        *views,
+        labels=batch.labels,
+        key=draws,
+        precision=config.precision,
+        hooks=hooks,
+        taps=chosen,
+        start=start,
+        **elsewhere,
     )
 
 
-def _failure(reason: object, path: Path, step: int) -> TrainingFailed:
+def _failure(reason: object, path: Path, step: int, team: Team) -> TrainingFailed:
     """Return the error of a step that failed after `step` good ones, and drop the checkpoint that it started from.
 
-    No step has succeeded from a checkpoint of this very step: it may already hold what failed.
+    No step has succeeded from a checkpoint of this very step: it may already hold what failed. A process that does not
+    write the folder leaves it alone; the one that does drops the checkpoint when it hears of the failure.
     """
-    kept = runs.drop_untried_checkpoint(path, step)
-    return TrainingFailed(f"{reason}; " + (f"{kept} is kept" if kept else "no checkpoint yet"))
+    if team.writes:
+        kept = runs.drop_untried_checkpoint(path, step)
+    else:
+        folders = step_folders(path / "checkpoints")
+        kept = next((folder for folder in reversed(folders) if int(folder.name) != step), None)
+        kept = kept or runs.newest_checkpoint(path)
+    failure = TrainingFailed(f"{reason}; " + (f"{kept} is kept" if kept else "no checkpoint yet"))
+    vars(failure)["step"] = step
+    return failure
 
 
 def _drop(parameters: list[nn.Parameter]) -> None:
@@ -222,36 +306,32 @@ def _drop(parameters: list[nn.Parameter]) -> None:
         parameter.grad = None
 
 
-def _restore(path: Path, net: LocalNetwork, optimizer: torch.optim.Optimizer, monitor: Monitor) -> int:
-    folder = runs.newest_checkpoint(path)
-    if folder is None:
-        runs.forget_metrics_after(path, 0)
-        return 0
-    runs.load_weights(net, folder)
-    monitor.load_state(runs.load_training_state(folder, optimizer), net.device)
-    step = int(folder.name)
-    runs.forget_metrics_after(path, step)
-    return step
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C or SIGTERM into a request to stop after the step; a second one stops at once."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def request(number: int, _frame: object) -> None:
-        stop.set()
-        signal.signal(number, before[signal.Signals(number)])
-
-    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _restore(
+    path: Path, net: LocalNetwork, config: Config, schedule: Schedule, monitor: Monitor, team: Team
+) -> tuple[int, torch.optim.Optimizer]:
+    """Take part in the team with the state of the newest checkpoint; return its step, and the optimiser."""
+    step = team.same_step(runs.checkpoint_step(path))
+    folder = path / "checkpoints" / f"{step:08d}" if step else None
+    with team.together():
+        if team.writes:
+            runs.forget_metrics_after(path, step)
+        if folder is not None:
+            if not folder.is_dir():
+                raise UserError(f"{folder} is not seen here; the run folder must lie where all processes see it")
+            runs.load_weights(net, folder)
+    with team.together():
+        team.take_part(net)
+        optimizer = schedule.optimizer(net, config)
+        if folder is not None:
+            state = runs.load_training_state(
+                folder, optimizer, lambda whole: parts.optimizer_part(net, team.stages, whole)
+            )
+            try:
+                monitor.load_state(state, net.device)
+            except UserError as error:
+                raise UserError(f"{folder / 'monitor.pt'}: {error}") from None
+            parts.keep_only_of_monitor(net, team.stages, monitor)
+    return step, optimizer
 
 
 class _Progress:

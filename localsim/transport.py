@@ -38,6 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from localsim.distributed.norms import divided_norm
 from localsim.errors import UserError, one_of
 from localsim.network import Stage
 from localsim.rng import generator
@@ -209,6 +210,9 @@ def _pathway(module: nn.Module, x: Tensor, weight: Tensor | None) -> Tensor:
         assert weight is not None
         return F.linear(x, weight)
     assert isinstance(module, _BATCH_NORMS)
+    peers = getattr(module, "peers", None)
+    if peers is not None and (module.training or module.running_mean is None):
+        return divided_norm(x, weight, None, None, None, 0.0, module.eps, peers)
     if module.training or module.running_mean is None:
         return F.batch_norm(x, None, None, weight, training=True, eps=module.eps)
     return F.batch_norm(x, module.running_mean, module.running_var, weight, eps=module.eps)

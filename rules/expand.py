@@ -9,6 +9,7 @@ plainly.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -19,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from localsim.distributed.norms import DividedBatchNorm2d, norm_backward, statistics, track
+from localsim.distributed.peers import Peers
 from localsim.errors import one_of
 from localsim.network import has_hooks
 
@@ -60,6 +63,7 @@ class Expand(nn.Module):
     """
 
     kind = "vector"
+    peers: Peers | None = None
 
     def __init__(self, num_channels: int, width: int, kernel_size: int = 1, impl: str = "auto") -> None:
         super().__init__()
@@ -83,7 +87,8 @@ class Expand(nn.Module):
             bn.num_batches_tracked.add_(1)
             if momentum is None:  # the mean over all batches so far
                 momentum = 1 / int(bn.num_batches_tracked)
-        how = (bn.training, momentum or 0.0, bn.eps, self.conv.kernel_size[0] // 2)
+        peers = self.peers if bn.training else None
+        how = (bn.training, momentum or 0.0, bn.eps, self.conv.kernel_size[0] // 2, peers)
         pooled = _Fused.apply(x, self.conv.weight, bn.weight, bn.bias, bn.running_mean, bn.running_var, how)
         assert isinstance(pooled, Tensor)
         return pooled
@@ -92,8 +97,9 @@ class Expand(nn.Module):
         if self.impl == "plain" or has_hooks(self.conv) or has_hooks(self.bn):
             return True
         # what the slices do not do: other normalisations that were put in its place, and maps that torch refuses
-        usual = type(self.bn) is nn.BatchNorm2d and self.bn.affine and self.bn.track_running_stats
-        numbers = x[:, 0].numel()
+        known = type(self.bn) in (nn.BatchNorm2d, DividedBatchNorm2d)
+        usual = known and self.bn.affine and self.bn.track_running_stats
+        numbers = _rows(x, self.peers) * math.prod(x.shape[2:])
         return not usual or numbers < 2 or (self.impl == "auto" and numbers * self.out_features < _LARGE)
 
     def extra_repr(self) -> str:
@@ -116,17 +122,23 @@ class _Fused(torch.autograd.Function):
         bias: Tensor,
         running_mean: Tensor,
         running_var: Tensor,
-        how: tuple[bool, float, float, int],
+        how: tuple[bool, float, float, int, Peers | None],
     ) -> Tensor:
-        training, momentum, eps, padding = how
+        training, momentum, eps, padding, peers = how
         # the layout in which oneDNN's convolutions and torch's batch norm are fastest on processors
         x = x.contiguous(memory_format=torch.channels_last)
         pooled, means, deviations = [], [], []
-        for part in _slices(x, weight):
+        ctx.num = 0  # of values that each mean is taken over, where the batch is divided
+        for part in _slices(x, weight, peers):
             y = F.conv2d(x, weight[part].to(x.dtype), padding=padding)
-            z, mean, inverse_deviation = torch.native_batch_norm(
-                y, gain[part], bias[part], running_mean[part], running_var[part], training, momentum, eps
-            )
+            of_part = gain[part], bias[part], running_mean[part], running_var[part]
+            if peers is None:
+                z, mean, inverse_deviation = torch.native_batch_norm(y, *of_part, training, momentum, eps)
+            else:
+                mean, var, ctx.num = statistics(y, peers)
+                track(*of_part[2:], mean, var, ctx.num, momentum)
+                z = F.batch_norm(y, mean, var, *of_part[:2], False, 0.0, eps)
+                inverse_deviation = torch.rsqrt(var + eps)
             del y
             pooled.append(z.relu_().mean((2, 3)))
             if not training:
@@ -141,12 +153,12 @@ class _Fused(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, gain, bias, mean, inverse_deviation = ctx.saved_tensors
-        training, _, eps, padding = ctx.how
+        training, _, eps, padding, peers = ctx.how
         wants = ctx.needs_input_grad
         of_x = torch.zeros_like(x) if wants[0] else None
         of_weight, of_gain, of_bias = torch.zeros_like(weight), torch.zeros_like(gain), torch.zeros_like(bias)
         share = (grad / x[0, 0].numel())[..., None, None]
-        for part in _slices(x, weight):
+        for part in _slices(x, weight, peers):
             kernel = weight[part].to(x.dtype)
             spread = inverse_deviation[part]
             fixed = mean[part], spread.pow(-2) - eps
@@ -154,9 +166,12 @@ class _Fused(torch.autograd.Function):
             z, _, _ = torch.native_batch_norm(y, gain[part], bias[part], *fixed, False, 0.0, eps)
             of_z = _aten.threshold_backward(share[:, part].expand_as(z), z, 0)
             del z
-            of_y, of_gain[part], of_bias[part] = _aten.native_batch_norm_backward(
-                of_z, y, gain[part], *fixed, mean[part], spread, training, eps, [True, True, True]
-            )
+            if peers is None:
+                of_y, of_gain[part], of_bias[part] = _aten.native_batch_norm_backward(
+                    of_z, y, gain[part], *fixed, mean[part], spread, training, eps, [True, True, True]
+                )
+            else:
+                of_y, of_gain[part], of_bias[part] = norm_backward(of_z, y, gain[part], *fixed, eps, ctx.num, peers)
             del y, of_z
             for images in _groups(x):
                 more, slopes, _ = _aten.convolution_backward(
@@ -170,10 +185,15 @@ class _Fused(torch.autograd.Function):
         return of_x, of_weight, of_gain, of_bias, None, None, None
 
 
-def _slices(x: Tensor, weight: Tensor) -> Iterator[slice]:
+def _slices(x: Tensor, weight: Tensor, peers: Peers | None) -> Iterator[slice]:
     """Yield slices of the output channels, each of which makes a map of a size that is dealt with fast."""
-    width = max(_FEWEST_CHANNELS, _at_once(x) // x[:, 0].numel() // 16 * 16)
+    width = max(_FEWEST_CHANNELS, _at_once(x) // (_rows(x, peers) * x[0, 0].numel()) // 16 * 16)
     return (slice(start, start + width) for start in range(0, len(weight), width))
+
+
+def _rows(x: Tensor, peers: Peers | None) -> int:
+    """Return by how many rows to choose slices: all processes that share a batch must choose the same."""
+    return len(x) if peers is None else peers.most(len(x))
 
 
 def _groups(x: Tensor) -> Iterator[slice]:

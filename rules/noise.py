@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from localsim.distributed.peers import Peers
 from localsim.errors import UserError
+from localsim.rng import normal_rows
 
 # the dimensions of (batch, channel, height, width) over which the standard deviation is taken
 _SCALES: dict[str, tuple[int, ...] | None] = {
@@ -69,7 +71,12 @@ class Noise:
 
 
 class BoundaryNoise(nn.Module):
-    """A module that adds `noise` in training mode and is the identity in evaluation mode."""
+    """A module that adds `noise` in training mode and is the identity in evaluation mode.
+
+    Every row of the batch has draws of its own, and the deviation is the whole batch's, whoever has the rest of it.
+    """
+
+    peers: Peers | None = None
 
     def __init__(self, noise: Noise) -> None:
         super().__init__()
@@ -80,7 +87,10 @@ class BoundaryNoise(nn.Module):
         dims = _SCALES[self.noise.kind]
         if dims is None or not self.training:
             return x
-        noisy = _Noisy.apply(x, _normal_like(x), dims, self.noise.sigma)
+        first = 0 if self.peers is None else self.peers.first(len(x))
+        # over single rows, nobody else is asked
+        peers = self.peers if 0 in dims else None
+        noisy = _Noisy.apply(x, _normal_like(x, first), dims, self.noise.sigma, peers)
         assert isinstance(noisy, Tensor)
         return noisy
 
@@ -99,36 +109,42 @@ class _Noisy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, n: Tensor, dims: tuple[int, ...], sigma: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, n: Tensor, dims: tuple[int, ...], sigma: float, peers: Peers | None) -> Tensor:
         number = math.prod(x.shape[d] for d in dims)
         # in float32, or float64, for a sum of so many; a 1x1 map has no deviation over its positions: 0, not NaN
         wide = x if x.dtype == torch.float64 else x.float()
         # not std_mean, which is several times slower on maps with channels last
-        std = wide.std(dims, correction=min(1, number - 1), keepdim=True)
         mean = wide.mean(dims, keepdim=True)
+        if peers is None:
+            std = wide.std(dims, correction=min(1, number - 1), keepdim=True)
+        else:
+            mean, var, number = peers.combine(mean, wide.var(dims, correction=0, keepdim=True), number)
+            std = (var * (number / max(1, number - 1))).sqrt()
         ctx.save_for_backward(x, n, std, mean)
-        ctx.dims, ctx.sigma, ctx.number = dims, sigma, number
+        ctx.dims, ctx.sigma, ctx.number, ctx.peers = dims, sigma, number, peers
         return torch.addcmul(x, std.to(x.dtype), n, value=sigma)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         x, n, std, mean = ctx.saved_tensors
         heard = (grad * n).sum(ctx.dims, keepdim=True, dtype=std.dtype)
+        if ctx.peers is not None:
+            (heard,) = ctx.peers.sum(heard)
         slope = torch.where(std > 0, ctx.sigma * heard / (max(1, ctx.number - 1) * std), 0)
-        return torch.addcmul(grad, x - mean.to(x.dtype), slope.to(x.dtype)), None, None, None
+        return torch.addcmul(grad, x - mean.to(x.dtype), slope.to(x.dtype)), None, None, None, None
 
 
-def _normal_like(x: Tensor) -> Tensor:
-    """Return standard normal numbers in the layout of a map, drawn in the order of its memory.
+def _normal_like(x: Tensor, first: int) -> Tensor:
+    """Return standard normal numbers in the layout of a map, drawn row by row in the order of its memory.
 
     On the CPU torch draws ten times faster into memory that lies in the order of its shape, and float32 faster than
     bfloat16.
     """
     layout = torch.empty_like(x)
-    dtype = x.dtype if x.dtype == torch.float64 else torch.float32
-    flat = torch.randn(x.numel(), dtype=dtype, device=x.device).to(x.dtype)
-    return flat.as_strided(layout.shape, layout.stride())
+    wide = x.new_empty(0, dtype=x.dtype if x.dtype == torch.float64 else torch.float32)
+    drawn = normal_rows(len(x), x[0].numel(), first=first, like=wide).to(x.dtype)
+    return drawn.as_strided(layout.shape, layout.stride())
 
 
 def make_boundary(noise: Noise) -> nn.Module:

@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import re
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localsim.cifar_resnets import CifarBasicBlock
+from localsim.distributed.peers import Peers
 from localsim.errors import UserError
 from localsim.patches import unfold
+from localsim.rng import uniform_rows
 from localsim.rules.expand import Expand
 from localsim.rules.initialise import kaiming_fan_out
 
@@ -63,6 +64,7 @@ class Subsample(nn.Module):
     """
 
     kind = "vector"
+    peers: Peers | None = None
 
     def __init__(self, num_channels: int, every: int = 4) -> None:
         super().__init__()
@@ -75,7 +77,9 @@ class Subsample(nn.Module):
         x = x.flatten(2)
         if self.training and self.every > 1:
             num, channels, positions = x.shape
-            drawn = torch.rand(num, positions, device=x.device).topk(max(1, positions // self.every)).indices
+            first = 0 if self.peers is None else self.peers.first(num)
+            draws = uniform_rows(num, positions, first=first, device=x.device)
+            drawn = draws.topk(max(1, positions // self.every)).indices
             x = x.gather(2, drawn[:, None].expand(-1, channels, -1))
         return x.mean(2)
 

@@ -126,8 +126,9 @@ def test_detached_activity_goes_into_no_graph_but_the_engines():
     detaching = {module for module in MODULES if any(last in ("detach", "detach_") for last, _ in called(module))}
     detaching = {module for module in detaching if not module.startswith("localsim.analysis")}
     # transport is the engine's: how a gradient crosses a layer; gradients is what a loss may hold constant, inside a
-    # tap; runs writes weights to a file, memory looks at what autograd saved
-    assert detaching == {f"localsim.{name}" for name in ("engine", "transport", "gradients", "runs", "memory")}
+    # tap; runs writes weights to a file, memory looks at what autograd saved, messages carry values to other processes
+    values = ("runs", "memory", "distributed.messages", "distributed.peers")
+    assert detaching == {f"localsim.{name}" for name in ("engine", "transport", "gradients", *values)}
 
 
 def test_no_forward_pass_of_a_module_switches_gradients_off():

@@ -60,6 +60,7 @@ class ViewLoader:
         num_views: views of each image.
         workers: processes that decode and crop streamed images; 0 does it in this process. Images in memory need none.
         device: where views are recoloured (images in memory: made) and returned.
+        share: `(k, n)` gives the k-th of n consecutive parts of every batch, for a process that has n - 1 peers.
 
     Attributes:
         steps_per_epoch: batches in an epoch.
@@ -82,6 +83,7 @@ class ViewLoader:
         num_views: int = 2,
         workers: int = 0,
         device: torch.device | str = "cpu",
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         _check_at_least(("size", size, 1), ("batch_size", batch_size, 2), ("num_views", num_views, 1))
         _check_at_least(("workers", workers, 0))
@@ -90,6 +92,7 @@ class ViewLoader:
         self.images, self.augmentation, self.size, self.batch_size = images, augmentation, size, batch_size
         self.seed, self.num_views, self.workers, self.device = seed, num_views, workers, torch.device(device)
         self.steps_per_epoch = len(images) // batch_size
+        self.share = share
         self._normalise = _normaliser(mean, std, self.device)
         self._skipped: set[str] = set()
 
@@ -103,14 +106,15 @@ class ViewLoader:
         Raises:
             UserError: when fewer than two images of a batch can be read.
         """
-        return self._views(self._order(epoch, start_step), epoch, fewest=2)
+        batches = self._order(epoch, start_step)
+        return self._views([self._mine(indices) for indices in batches], epoch, fewest=2 if self.share[1] == 1 else 1)
 
     def order(self, epoch: int, start_step: int = 0) -> Iterator[Tensor]:
         """Iterate over the `(batch_size,)` indices of the batches that `epoch` gives, without making views.
 
         Streamed images that cannot be read are among them, as nothing is read here.
         """
-        return iter(_batches(self._order(epoch, start_step), self.batch_size))
+        return iter(self._order(epoch, start_step))
 
     def all_views(self, epoch: int) -> Iterator[Batch]:
         """Iterate over the views of all images in their order, drawn as in that epoch; the last batch may be smaller.
@@ -121,7 +125,7 @@ class ViewLoader:
         Raises:
             UserError: when no image can be read.
         """
-        return self._views(torch.arange(len(self.images)), epoch, fewest=0)
+        return self._views(_batches(torch.arange(len(self.images)), self.batch_size), epoch, fewest=0)
 
     def with_augmentation(self, augmentation: Augmentation) -> ViewLoader:
         """Return a loader of the same images, order and draws with another augmentation; it counts and warns of
@@ -131,28 +135,33 @@ class ViewLoader:
         other.augmentation = augmentation
         return other
 
-    def _order(self, epoch: int, start_step: int) -> Tensor:
+    def _order(self, epoch: int, start_step: int) -> list[Tensor]:
         if not 0 <= start_step <= self.steps_per_epoch:
             raise ValueError(f"start_step is {start_step}; an epoch has {self.steps_per_epoch} steps")
         order = torch.randperm(len(self.images), generator=rng.generator(self.seed, "order", epoch))
-        return order[start_step * self.batch_size : self.steps_per_epoch * self.batch_size]
+        return _batches(order[start_step * self.batch_size : self.steps_per_epoch * self.batch_size], self.batch_size)
 
-    def _views(self, order: Tensor, epoch: int, fewest: int) -> Iterator[Batch]:
-        """Iterate over the batches of `order`; streamed ones must have at least `fewest` readable images."""
+    def _mine(self, indices: Tensor) -> Tensor:
+        """Return this process's share of a batch."""
+        place, num = self.share
+        return indices[len(indices) * place // num : len(indices) * (place + 1) // num]
+
+    def _views(self, batches: list[Tensor], epoch: int, fewest: int) -> Iterator[Batch]:
+        """Iterate over batches of images; streamed ones must have at least `fewest` that can be read."""
         key = (self.seed, "augment", epoch)
-        return self._from_memory(order, key) if self.images.paths is None else self._streamed(order, key, fewest)
+        return self._from_memory(batches, key) if self.images.paths is None else self._streamed(batches, key, fewest)
 
-    def _from_memory(self, order: Tensor, key: tuple[rng.Part, ...]) -> Iterator[Batch]:
+    def _from_memory(self, batches: list[Tensor], key: tuple[rng.Part, ...]) -> Iterator[Batch]:
         pixels = cast(Tensor, self.images.images)
-        for indices in _batches(order, self.batch_size):
+        for indices in batches:
             source = put(pixels[indices], self.device)
             make = partial(augment_batch, source, indices.numpy(), self.augmentation, size=self.size, key=key)
             views = tuple(self._normalise(make(view=view)) for view in range(self.num_views))
             yield Batch(views, _labels(self.images, indices, self.device), indices)
 
-    def _streamed(self, order: Tensor, key: tuple[rng.Part, ...], fewest: int) -> Iterator[Batch]:
+    def _streamed(self, batches: list[Tensor], key: tuple[rng.Part, ...], fewest: int) -> Iterator[Batch]:
         crop = partial(_crops, augmentation=self.augmentation, size=self.size, num_views=self.num_views, key=key)
-        for indices, crops, failures in _stream(self.images, order, crop, self.batch_size, self.workers, self.device):
+        for indices, crops, failures in _stream(self.images, batches, crop, self.workers, self.device):
             _warn_once(failures, self._skipped)
             if len(indices) < fewest:
                 raise UserError(
@@ -214,16 +223,14 @@ def _plain_batches(
         pixels = plain.float().div_(255)
         return normalise(without_colour(pixels) if grey else pixels)
 
-    everything = torch.arange(len(images))
+    batches = _batches(torch.arange(len(images)), batch_size)
     if images.images is not None:
-        for indices in everything.split(batch_size):
+        for indices in batches:
             plain = central_square(put(images.images[indices], device), size, crop)
             yield Batch((finished(plain),), _labels(images, indices, device), indices)
         return
     skipped: set[str] = set()
-    for indices, plain, failures in _stream(
-        images, everything, partial(_one_view, size=size, crop=crop), batch_size, workers, device
-    ):
+    for indices, plain, failures in _stream(images, batches, partial(_one_view, size=size, crop=crop), workers, device):
         _warn_once(failures, skipped)
         if len(indices):
             yield Batch((finished(plain[:, 0]),), _labels(images, indices, device), indices)
@@ -252,26 +259,26 @@ class _Files(Dataset):
 
 def _stream(
     images: ImageSet,
-    order: Tensor,
+    batches: list[Tensor],
     transform: Callable[[Tensor, int], Tensor],
-    batch_size: int,
     workers: int,
     device: torch.device,
 ) -> Iterator[tuple[Tensor, Tensor, list[Failure]]]:
-    """Iterate over `(indices, views, failures)` of the batches of `order`; `transform(image, index)` makes the views.
+    """Iterate over `(indices, views, failures)` of batches; `transform(image, index)` makes the views.
 
     The workers deliver the batches in chunks, which are joined here, the views on `device`.
     """
-    batches = [indices.split(CHUNK) for indices in _batches(order, batch_size)]
+    chunked = [indices.split(CHUNK) for indices in batches]
+    longest = max((len(indices) for indices in batches), default=0)
     ended = multiprocessing.RawValue("b", False)
     # called at the latest when this process ends, before multiprocessing sends workers one SIGTERM and waits for them
     end = Finalize(None, setattr, (ended, "value", True), exitpriority=0)
     loader = DataLoader(
         _Files(cast(tuple, images.paths), transform),
-        batch_sampler=[chunk.tolist() for chunks in batches for chunk in chunks],
+        batch_sampler=[chunk.tolist() for chunks in chunked for chunk in chunks],
         num_workers=workers,
         # a batch ahead, all workers together, but two chunks each at least, so that none is idle
-        prefetch_factor=max(2, ceil(batch_size / CHUNK / workers)) if workers else None,
+        prefetch_factor=max(2, ceil(longest / CHUNK / workers)) if workers else None,
         collate_fn=_collate,
         pin_memory=device.type == "cuda",
         worker_init_fn=partial(_outlive_a_signal, ended=ended),
@@ -279,7 +286,7 @@ def _stream(
     )
     loaded = iter(loader)
     try:
-        for chunks in batches:
+        for chunks in chunked:
             yield _join([next(loaded) for _ in chunks], device)
     finally:
         end()

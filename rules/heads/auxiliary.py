@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from localsim.backbones import TRACE_BATCH, UnitBlock
+from localsim.distributed.peers import Peers
 from localsim.gradients import constant
 from localsim.network import LocalNetwork
 from localsim.rules.checks import check_choice, check_count, check_fraction
@@ -92,6 +93,7 @@ class InfoPro(nn.Module):
     takes = "map"
     gives = "reconstruction"
     context = "images"
+    peers: Peers | None = None
 
     def __init__(self, site: Site, contrast: bool = False) -> None:
         super().__init__()
@@ -113,12 +115,15 @@ class InfoPro(nn.Module):
     def forward(self, x: Tensor, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return vectors `(n, d)`, logits of images `(n, 3, height, width)` and targets in [0, 1] of the same shape."""
         enlarged = F.interpolate(x, size=images.shape[2:], mode="bilinear", align_corners=True)
-        return self.end(self.features(x).mean((2, 3))), self.decoder(enlarged), _pixels(images)
+        return self.end(self.features(x).mean((2, 3))), self.decoder(enlarged), _pixels(images, self.peers)
 
 
-def _pixels(images: Tensor) -> Tensor:
+def _pixels(images: Tensor, peers: Peers | None) -> Tensor:
     """Return images brought to [0, 1] per channel; a channel of one value everywhere becomes 0."""
     low, high = images.amin((0, 2, 3), keepdim=True), images.amax((0, 2, 3), keepdim=True)
+    if peers is not None:
+        low = peers.gather_rows(low).amin(0, keepdim=True)
+        high = peers.gather_rows(high).amax(0, keepdim=True)
     spread = high - low
     return constant((images - low) / torch.where(spread > 0, spread, 1.0))
 

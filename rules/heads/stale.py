@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from localsim.distributed.peers import Peers
 from localsim.gradients import constant
 from localsim.rules.site import Site
 
@@ -25,6 +26,7 @@ class StaleStatistics(nn.Module):
 
     gives: ClassVar[str] = "statistics"
     takes: ClassVar[str] = "vector"
+    peers: Peers | None = None
 
     mean: Tensor
     var: Tensor
@@ -44,7 +46,12 @@ class StaleStatistics(nn.Module):
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return `(z, mean, var)`; mean and variance are constants of the loss."""
         z = z.to(torch.promote_types(z.dtype, self.mean.dtype))
-        var, mean = torch.var_mean(constant(z), dim=0)
+        if self.peers is None:
+            var, mean = torch.var_mean(constant(z), dim=0)
+        else:
+            var, mean = torch.var_mean(constant(z), dim=0, correction=0)
+            mean, var, num = self.peers.combine(mean, var, len(z))
+            var = var * (num / (num - 1))
         known = self.num_passes >= 2
         seen = z, torch.where(known, self.mean, mean), torch.where(known, self.var, var)
         if self.training:

@@ -15,7 +15,7 @@ from torchvision.models import resnet50
 from localsim import engine
 from localsim.assembly import build
 from localsim.network import LocalNetwork
-from localsim.rng import keyed
+from localsim.rng import keyed, normal_rows
 
 SIZE, BATCH, WIDTH, PROJECTOR = 32, 4, 16, [16, 16, 16]
 KEY = 11
@@ -66,7 +66,7 @@ class Reference(nn.Module):
             x = self.block(index, x.detach())
             if noise:
                 with keyed(KEY, "stage", index, view):
-                    draw = torch.randn_like(x)
+                    draw = normal_rows(len(x), x[0].numel(), like=x).view_as(x)
                 x = x + SIGMA * draw * x.std()
             embeddings.append(self.projectors[index](self.readouts[index](x)))
         return embeddings

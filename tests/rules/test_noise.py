@@ -42,7 +42,7 @@ def test_every_kind_is_tested():
 def test_noise_is_sigma_times_deviation_times_the_draw(kind):
     x = maps(3, 4, 5, 6)
     with keyed("noise test"):
-        draw = torch.randn_like(x)
+        draw = _normal_like(x, 0)
     scale = np.std(x.numpy(), axis=AXES[kind], ddof=1, keepdims=True)
     np.testing.assert_allclose((noisy(kind, x) - x).numpy(), 0.25 * scale * draw.numpy(), rtol=1e-9, atol=1e-12)
 
@@ -65,7 +65,7 @@ def test_the_gradient_flows_through_the_deviation(kind):
     assert torch.autograd.gradcheck(lambda y: noisy(kind, y), (x,), fast_mode=False)
     (whole,) = torch.autograd.grad(noisy(kind, x).square().sum(), x)
     with keyed("noise test"):
-        draw = torch.randn_like(x)
+        draw = _normal_like(x, 0)
     cut = x + 0.25 * x.detach().std(AXES[kind], keepdim=True) * draw
     (without,) = torch.autograd.grad(cut.square().sum(), x)
     assert (whole - without).abs().max() > 1e-3
@@ -84,7 +84,7 @@ def test_layouts_and_precisions(kind, layout, dtype):
     elif layout == "expanded":
         x = x[:, :1].expand(-1, 4, -1, -1)
     with keyed("noise test"):
-        draw = _normal_like(x)
+        draw = _normal_like(x, 0)
     assert draw.dtype == dtype and draw.unique().numel() > 0.6 * draw.numel() and abs(draw.double().std() - 1) < 0.2
     x, g = x.detach().requires_grad_(), maps(*x.shape, seed=2).to(dtype)
     made = [noisy(kind, x), *torch.autograd.grad(noisy(kind, x), x, g)]
