@@ -9,7 +9,6 @@ from collections.abc import Callable
 from datetime import timedelta
 from itertools import pairwise
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -102,6 +101,8 @@ def make_peers(rank: int, size: int) -> Peers:
     return Peers(dist.group.WORLD, dist.new_group(), rank, size)
 
 
-def train_together(rank: int, size: int, out: Path, settings: dict[str, Any]) -> None:
-    """What every process of a run does: call it through `on_processes`, for one process too."""
-    localsim.run(out=out, quiet=True, **settings)
+def train_together(rank: int, size: int, settings: list[dict[str, Any]]) -> None:
+    """Train one run after the other, each with its settings; through `on_processes`, on all processes together."""
+    small_backbone()
+    for chosen in settings:
+        localsim.run(quiet=True, **chosen)
