@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from localsim import engine, runs
 from localsim.board import open_board
-from localsim.checksums import step_folders
 from localsim.config import Config
 from localsim.data import Batch, ViewLoader
 from localsim.distributed import parts
@@ -291,12 +290,11 @@ def _failure(reason: object, path: Path, step: int, team: Team) -> TrainingFaile
     write the folder leaves it alone; the one that does drops the checkpoint when it hears of the failure.
     """
     if team.writes:
-        kept = runs.drop_untried_checkpoint(path, step)
+        newest = runs.drop_untried_checkpoint(path, step)
+        kept = f"{newest} is kept" if newest else "no checkpoint yet"
     else:
-        folders = step_folders(path / "checkpoints")
-        kept = next((folder for folder in reversed(folders) if int(folder.name) != step), None)
-        kept = kept or runs.newest_checkpoint(path)
-    failure = TrainingFailed(f"{reason}; " + (f"{kept} is kept" if kept else "no checkpoint yet"))
+        kept = "the last good checkpoint, if there is one, is kept"
+    failure = TrainingFailed(f"{reason}; {kept}")
     vars(failure)["step"] = step
     return failure
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -23,6 +23,7 @@ from localsim.errors import ProcessLost, TrainingFailed
 from localsim.files import cause
 
 ErrorOf = TypeVar("ErrorOf", bound=BaseException)
+_Answer = TypeVar("_Answer")
 
 _WORD_SECONDS = 5.0  # for a word with the store, when something has gone wrong already
 
@@ -39,7 +40,7 @@ class Words:
         self.rank, self.size, self.timeout_seconds = rank, size, timeout_seconds
         self.store: dist.Store | None = None
         self.path: Path | None = None
-        self._told = False
+        self._word = False  # whether there is word of a failure
 
     def ask(self, question: Callable[[dist.Store], Any], seconds: float | None = None) -> Any:
         """Return what the store answers; torch itself waits without end where its host is stopped or cut off.
@@ -48,23 +49,12 @@ class Words:
             RuntimeError: there is no answer within so many seconds, by default the time-out.
         """
         seconds = self.timeout_seconds if seconds is None else min(seconds, self.timeout_seconds)
-        answers: SimpleQueue[tuple[bool, Any]] = SimpleQueue()
 
-        def ask() -> None:
+        def ask() -> Any:
             assert self.store is not None
-            try:
-                answers.put((True, question(self.store)))
-            except Exception as error:
-                answers.put((False, error))
+            return question(self.store)
 
-        threading.Thread(target=ask, daemon=True).start()
-        try:
-            good, answer = answers.get(timeout=seconds)
-        except Empty:
-            raise RuntimeError(f"timed out after {seconds:g} s of waiting for the store of all processes") from None
-        if not good:
-            raise answer
-        return answer
+        return within(seconds, ask, "the store of all processes")
 
     def tell(self, failure: Exception) -> None:
         """Leave word of a failure here, unless another has done so: the first alone is to be printed."""
@@ -74,13 +64,14 @@ class Words:
                 said_elsewhere(failure)
             else:
                 self.ask(lambda store: store.set("failure", text), _WORD_SECONDS)
-            self._told = True
+            self._word = True
 
     def loss(self, error: Exception) -> TrainingFailed:
         """Return the error of a process that gets no answer: what another has told of itself, or that it is gone."""
         with suppress(Exception):  # a store that is gone, or does not answer either
             if self.ask(lambda store: store.check(["failure"]), _WORD_SECONDS):
                 told = json.loads(self.ask(lambda store: store.get("failure"), _WORD_SECONDS))
+                self._word = True
                 if self.rank == 0 and self.path is not None and told["step"] is not None:
                     runs.drop_untried_checkpoint(self.path, told["step"])
                 return said_elsewhere(TrainingFailed(told["text"]))
@@ -93,13 +84,40 @@ class Words:
         )
 
     def leave(self) -> None:
-        """Leave the others; with word of a failure, the host of the store waits for a while until they have gone."""
+        """With word of a failure, let the host of the store go last: whoever comes too late would hear nothing."""
+        if not self._word:
+            return
         with suppress(Exception):
             until = time.monotonic() + _WORD_SECONDS
             gone = self.ask(lambda store: store.add("gone", 1), _WORD_SECONDS)
-            while self.rank == 0 and self._told and gone < self.size and time.monotonic() < until:
+            while self.rank == 0 and gone < self.size and time.monotonic() < until:
                 time.sleep(0.02)
                 gone = self.ask(lambda store: store.add("gone", 0), _WORD_SECONDS)
+
+
+def within(seconds: float, do: Callable[[], _Answer], what: str) -> _Answer:
+    """Return what a function gives that waits for other processes, where torch knows no time-out or takes several.
+
+    Raises:
+        RuntimeError: there is no answer within so many seconds; `what` was waited for.
+    """
+    answers: SimpleQueue[tuple[_Answer | None, Exception | None]] = SimpleQueue()
+
+    def work() -> None:
+        try:
+            answers.put((do(), None))
+        except Exception as error:
+            answers.put((None, error))
+
+    # a thread that never gets its answer ends with the process
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        answer, error = answers.get(timeout=seconds)
+    except Empty:
+        raise RuntimeError(f"timed out after {seconds:g} s of waiting for {what}") from None
+    if error is not None:
+        raise error
+    return cast(_Answer, answer)
 
 
 def in_a_sentence(error: Exception, path: Path) -> Exception:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from localsim.distributed import parts
-from localsim.distributed.faults import ErrorOf, Words, in_a_sentence, is_loss, said_elsewhere
+from localsim.distributed.faults import ErrorOf, Words, in_a_sentence, is_loss, said_elsewhere, within
 from localsim.distributed.launch import Place, find_place
 from localsim.distributed.messages import Channel, exchange, packed, unpacked
 from localsim.distributed.norms import divide
@@ -138,7 +139,12 @@ class Team:
             rows = [list(range(n * self.copies, (n + 1) * self.copies)) for n in range(len(groups))]
             # not those of a DeviceMesh: they wait for half an hour, whatever the time-out of the run
             timeout = timedelta(seconds=self.timeout_seconds)
-            now, late = ([dist.new_group(ranks, timeout=timeout) for ranks in rows] for _ in range(2))
+            # gloo tries five times to connect with a process that has died meanwhile
+            now, late = within(
+                self.timeout_seconds,
+                lambda: [[dist.new_group(ranks, timeout=timeout) for ranks in rows] for _ in range(2)],
+                "the groups of processes that share a batch",
+            )
             self.peers = Peers(now[row], late[row], self.copy, self.copies)
             divide(net, self.peers)
         if len(groups) > 1:
@@ -308,13 +314,11 @@ def join(timeout_seconds: float | None = None) -> Iterator[Team]:
         _joined += 1
         # a second run of the same processes must not find what the first one left
         team.words.store = dist.PrefixStore(f"localsim-{_joined}", store)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-            store=team.words.store,
-            rank=rank,
-            world_size=size,
-            timeout=timeout,
+        kind = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        begin = partial(
+            dist.init_process_group, kind, store=team.words.store, rank=rank, world_size=size, timeout=timeout
         )
+        within(seconds, begin, "the group of all processes")
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"process {place.rank} of {place.size} did not find the others within {seconds:g} s "

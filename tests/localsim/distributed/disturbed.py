@@ -23,6 +23,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from processes import free_port
 from tiny import assert_same_tensors, checkpoint_tensors, timeless
 from torch.utils._pytree import keystr, tree_flatten_with_path
@@ -42,6 +43,11 @@ SETTINGS: dict[str, Any] = {
 """Of runs of eight steps, four an epoch, that all stages have a loss in."""
 
 STEPS = 8
+
+KINDS: dict[str, dict[str, Any]] = {"data": {}, "blocks": {"parallel": "blocks"}}
+"""What two processes divide; under `blocks` process 0 has the top stages."""
+
+_undisturbed: dict[str, Path] = {}
 
 _PRELOADED = ["localsim.experiment", "localsim.cli", "torch.distributed.device_mesh", "torch._dynamo", "torchvision",
               "matplotlib.figure"]  # fmt: skip  # fmt: skip
@@ -160,6 +166,25 @@ def run_on(num: int, out: Path, **settings: Any) -> list[Ended]:
     """Do what `crew` does and wait until all processes have ended."""
     with crew(num, out, **settings) as started:
         return started.ended(120)
+
+
+def undisturbed_runs(folders: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return a run of every one of `KINDS` that nothing disturbed, made once a session; not to be changed."""
+    for kind, settings in KINDS.items():
+        if kind not in _undisturbed:
+            path = folders.mktemp("undisturbed") / kind
+            ended = run_on(2, path, **settings)
+            assert [one.code for one in ended] == [0, 0], ended
+            _undisturbed[kind] = path
+    return _undisturbed
+
+
+def assert_goes_on(path: Path, undisturbed: Path) -> str:
+    """Resume a run on two processes, assert that it ends as the undisturbed one did, and return what it printed."""
+    again = run_on(2, path, resume=True)
+    assert [one.code for one in again] == [0, 0], again
+    assert_same_end(path, undisturbed)
+    return again[0].said
 
 
 def _server() -> Any:
@@ -321,6 +346,17 @@ def fail_after(step: int, name: str, number: int) -> None:
 
 def _run_of(path: Path) -> Path:
     return next(folder for folder in (path, *path.parents) if (folder / "config.json").exists())
+
+
+def slow_groups(seconds: float) -> None:
+    """Let every group of processes beside that of all take so long to make."""
+    real = dist.new_group
+
+    def new_group(*given: Any, **options: Any) -> Any:
+        time.sleep(seconds)
+        return real(*given, **options)
+
+    dist.new_group = new_group
 
 
 def slow_disk(seconds: float) -> None:
