@@ -17,51 +17,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from localsim.distributed.peers import Peers
 from localsim.errors import UserError
+from localsim.hooks import Hooks, Links
 from localsim.network import IMAGES, Embedding, LocalNetwork, Tap, tensors_of
 from localsim.rng import keyed
 from localsim.signals import Signal, merged, summed
 from localsim.transport import direct_reads
-
-
-@dataclass(frozen=True, kw_only=True)
-class Hooks:
-    """Functions that the engine calls while it works; tensors handed to them are detached.
-
-    Args:
-        on_stage: `(stage, outputs per view, stages whose graphs are alive)` after a stage's forward pass.
-        on_tap: `(tap, embeddings per view, loss)` after a tap's loss, before its gradient; may raise to stop the step.
-        on_final: `(parameters)` as soon as the gradients of a stage or a tap are final and in `.grad`.
-    """
-
-    on_stage: Callable[[int, list[Tensor], tuple[int, ...]], None] | None = None
-    on_tap: Callable[[int, tuple[Embedding, ...], Tensor], None] | None = None
-    on_final: Callable[[list[nn.Parameter]], None] | None = None
-
-
-class Links(Protocol):
-    """What a process that runs some of the stages hears from those that run the others, and tells them.
-
-    Their outputs go up by `Hooks.on_stage`.
-    """
-
-    def context(self, stage: int) -> list[Tensor]:
-        """Return for every view the output of a stage that runs elsewhere, or the images as `IMAGES`."""
-        ...
-
-    def receive_signals(self, like: list[Tensor], num: int) -> list[Signal]:
-        """Return the `num` signals that come down to this process's highest stage, their gradients shaped as `like`."""
-        ...
-
-    def send_signals(self, signals: list[Signal]) -> None:
-        """Send down the signals for the stage below this process's lowest."""
-        ...
 
 
 @dataclass
@@ -252,6 +218,8 @@ class _Step:
                 reads, contexts, lambda view: keyed(self.key, "tap", index, view, device=self.net.device)
             )
         embeddings = [_each(_at_least_float32, z) for z in embeddings]
+        if self.peers is not None and any(tensors_of(z)[0].dim() < 2 for z in embeddings):
+            raise UserError("the head of a tap gives one number per image; a batch that is divided needs rows, (n, d)")
         everyones = [_each(self.of_all_images, z) for z in embeddings]
         with keyed(self.key, "objective", index, device=self.net.device):
             loss = tap.objective(tuple(everyones), self.labels)
@@ -270,11 +238,18 @@ class _Step:
             joined = [_joined(g, heard[0]) if self.direct else g[0] for g in signal]
             self.alive[tap.stage].signals.append(Signal(row, joined))
             grads = grads[len(signalled) :]
+        if self.peers is not None:
+            # an objective sees the whole batch on every process, and its own gradients must not be added up N times
+            own = {id(p) for p in tap.objective.parameters()} if isinstance(tap.objective, nn.Module) else set()
+            share = 1 / self.peers.size
+            grads = [g * share if g is not None and id(p) in own else g for p, g in zip(parameters, grads, strict=True)]
         self.finish(parameters, grads)
 
     def of_all_images(self, z: Tensor) -> Tensor:
         """Return what a head gave for the whole batch; what has no row per image is the same on every process."""
-        return z if self.peers is None or z.dim() < 2 else self.peers.gather(z)
+        if self.peers is None:
+            return z
+        return self.peers.gather(z) if z.dim() > 1 else self.peers.common(z)
 
     # -- credit routing ----------------------------------------------------------------------------------------------
 
@@ -340,9 +315,8 @@ class _Step:
         for above in sorted({tap.fires for tap in self.waiting.values()}):
             self.held[above] = links.context(above)
             self.fire(above)
-        if num := self.credit.signals_down(self.stop):
-            top = self.alive[self.stop - 1]
-            top.signals += links.receive_signals(top.outputs, num)
+        if self.credit.signals_down(self.stop):
+            self.alive[self.stop - 1].signals += links.receive_signals()
         self.route(len(self.net.stages))
         if self.credit.signals_down(self.start):
             links.send_signals(merged(self.going_down, self.start))

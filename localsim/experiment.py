@@ -85,7 +85,7 @@ def run(
     settings = {name: value for name, value in settings.items() if value is not None}
     began = time.monotonic()
     with ExitStack() as held:
-        with join(settings.get("timeout_seconds")) as team:
+        with join(_timeout_seconds(out if resume else None, settings)) as team:
             say: Say = print if team.writes and not quiet else lambda _text: None
             with team.together():
                 opened = _reopen(rule, preset, out, settings) if resume else _open_new(rule, preset, out, settings)
@@ -94,13 +94,25 @@ def run(
             with team.together():
                 if team.writes:
                     held.enter_context(runs.writing(opened.path))
-                    _start(opened, prepared, say, new=not resume)
+                    _start(opened, prepared, say, new=not resume, processes=team.size)
             with team.watched(opened.path):
                 _train(opened, prepared, team, say, progress=team.writes and not quiet, on_metrics=on_metrics)
+                unreadable = team.everyones(prepared.loader.skipped)
         if team.writes:
-            _conclude(opened, prepared, say, whole=team.relay is None)
+            _conclude(opened, prepared, say, num_skipped=len(unreadable), whole=team.relay is None)
             say(f"\ndone in {(time.monotonic() - began) / 60:.1f} min; figures in {opened.path / 'figures'}")
     return opened
+
+
+def _timeout_seconds(out: str | Path | None, settings: Mapping[str, Any]) -> float | None:
+    """Return how long to wait for other processes: as given, or as the run in `out` has it; None for neither.
+
+    Raises:
+        UserError: it is no number that `timeout_seconds` may be.
+    """
+    if "timeout_seconds" not in settings:
+        return None if out is None else runs.load_run(out).config.timeout_seconds
+    return resolve("blockwise", None, {"timeout_seconds": settings["timeout_seconds"]}).timeout_seconds
 
 
 def _open_new(rule: str | None, preset: str | None, out: str | Path | None, settings: dict[str, Any]) -> Run:
@@ -194,12 +206,12 @@ def check_labels(config: Config, net: LocalNetwork, data: Data, batch: Batch) ->
         )
 
 
-def _start(opened: Run, prepared: Prepared, say: Say, *, new: bool) -> None:
+def _start(opened: Run, prepared: Prepared, say: Say, *, new: bool, processes: int) -> None:
     path = opened.path
     if new:
         runs.start_run(path, opened.config)
     set_damaged_aside(path)
-    runs.record_environment(path)
+    runs.record_environment(path, processes)
     write_text(path / "plan.txt", prepared.plan + "\n")
     say(prepared.plan + f"\n\nrun folder: {path}\n")
     plots.save(prepared.views, path / "figures" / "views.png")
@@ -231,10 +243,9 @@ def _train(
         say(f"stopped by max_steps after {step} of {total} steps; continue with --resume\n")
 
 
-def _conclude(opened: Run, prepared: Prepared, say: Say, *, whole: bool) -> None:
+def _conclude(opened: Run, prepared: Prepared, say: Say, *, num_skipped: int, whole: bool) -> None:
     path, data = opened.path, prepared.data
-    num_skipped = prepared.loader.num_skipped + data.num_skipped
-    if num_skipped:
+    if num_skipped := num_skipped + data.num_skipped:
         say(f"skipped {num_skipped} unreadable images (the warnings name them)\n")
     if data.test is None:
         say(f"data set {data.name!r} has no labels: nothing to probe")

@@ -110,12 +110,12 @@ class Monitor:
 
     def start_step(self, step: int, labels: Tensor | None) -> None:
         """Say which step begins, counted from 1."""
-        self.step, self.labels = step, labels
+        self.step, self.labels = step, None if labels is None else self._all_rows(labels)
 
     def on_stage(self, stage: int, outputs: list[Tensor], alive: tuple[int, ...]) -> None:
         """Engine hook: feed the online probe."""
         if self.probe is not None and self.labels is not None:
-            self.probe.observe(stage, self._all_rows(self.pooled(outputs[0]).float()), self._all_rows(self.labels))
+            self.probe.observe(stage, self._all_rows(self.pooled(outputs[0]).float()), self.labels)
 
     def on_tap(self, tap: int, embeddings: tuple[Embedding, ...], loss: Tensor) -> None:
         """Engine hook: add up the loss; TrainingFailed if it is not a number."""
@@ -167,7 +167,9 @@ class Monitor:
                 views = views[: self._checked_rows(len(views)) * (net.patches_per_image if start else 1)]
                 images = views
             here = range(start, len(net.stages)) if relay is None else relay.stages
-            needed = range(start, min(here.stop, 1 + max((net.taps[tap].fires for tap in taps), default=start - 1)))
+            highest = max((net.taps[tap].fires for tap in taps), default=start - 1)
+            # spread over processes, all stages run: those above wait for each other
+            needed = range(start, 1 + highest) if relay is None else here
             outputs: dict[int, Tensor] = {} if images is None else {IMAGES: images}
             for stage, out in zip(needed, net.stage_outputs(views, start), strict=False):
                 outputs[stage] = out
@@ -209,7 +211,7 @@ class Monitor:
                 )
 
     def _all_rows(self, x: Tensor) -> Tensor:
-        return x if self.peers is None else self.peers.gather_rows(x)
+        return x if self.peers is None else self.peers.gather(x.detach())
 
     def _checked_rows(self, num: int) -> int:
         """Return how many of this process's `num` images are among those looked at; one at least, to be looked away."""

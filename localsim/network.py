@@ -244,7 +244,8 @@ class LocalNetwork(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where its parameters are, those without memory (on other processes) apart."""
-        return next(parameter.device for parameter in self.parameters() if not parameter.is_meta)
+        here = (parameter.device for parameter in self.parameters() if not parameter.is_meta)
+        return next(here, torch.device("cpu"))
 
     def stage_outputs(self, x: Tensor, start: int = 0) -> Iterator[Tensor]:
         """Yield the output map of every stage from `start` on, lowest first.

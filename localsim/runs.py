@@ -180,8 +180,8 @@ def refuse_existing(path: Path) -> None:
         raise UserError(f"{path} already holds a run; continue it with --resume, or choose another --out")
 
 
-def record_environment(path: Path) -> None:
-    """Add versions, machine and command line of this start to `environment.json`."""
+def record_environment(path: Path, processes: int = 1) -> None:
+    """Add versions, machine, processes and command line of this start to `environment.json`."""
     import numpy
     import torchvision
 
@@ -201,6 +201,7 @@ def record_environment(path: Path) -> None:
             "numpy": numpy.__version__,
             "host": socket.gethostname(),
             "processor": platform.machine(),
+            "processes": processes,
             "threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "resumed_from_step": checkpoint_step(path),

@@ -77,7 +77,8 @@ class Expand(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `(batch, width)` for a map `(batch, channels, height, width)`."""
-        if self._is_plain(x):
+        peers = self.peers if self.bn.training else None
+        if self._is_plain(x, peers):
             return F.relu(self.bn(self.conv(x))).mean((2, 3))
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -87,19 +88,18 @@ class Expand(nn.Module):
             bn.num_batches_tracked.add_(1)
             if momentum is None:  # the mean over all batches so far
                 momentum = 1 / int(bn.num_batches_tracked)
-        peers = self.peers if bn.training else None
         how = (bn.training, momentum or 0.0, bn.eps, self.conv.kernel_size[0] // 2, peers)
         pooled = _Fused.apply(x, self.conv.weight, bn.weight, bn.bias, bn.running_mean, bn.running_var, how)
         assert isinstance(pooled, Tensor)
         return pooled
 
-    def _is_plain(self, x: Tensor) -> bool:
+    def _is_plain(self, x: Tensor, peers: Peers | None) -> bool:
         if self.impl == "plain" or has_hooks(self.conv) or has_hooks(self.bn):
             return True
         # what the slices do not do: other normalisations that were put in its place, and maps that torch refuses
         known = type(self.bn) in (nn.BatchNorm2d, DividedBatchNorm2d)
         usual = known and self.bn.affine and self.bn.track_running_stats
-        numbers = _rows(x, self.peers) * math.prod(x.shape[2:])
+        numbers = _rows(x, peers) * math.prod(x.shape[2:])
         return not usual or numbers < 2 or (self.impl == "auto" and numbers * self.out_features < _LARGE)
 
     def extra_repr(self) -> str:

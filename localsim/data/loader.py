@@ -64,7 +64,8 @@ class ViewLoader:
 
     Attributes:
         steps_per_epoch: batches in an epoch.
-        num_skipped: streamed files found unreadable so far. They are left out of their batches, with one warning each.
+        num_skipped, skipped: streamed files found unreadable so far. They are left out of their batches, with one
+            warning each.
 
     Raises:
         UserError: if the batch, the views or the workers cannot be had from these images.
@@ -99,6 +100,11 @@ class ViewLoader:
     @property
     def num_skipped(self) -> int:
         return len(self._skipped)
+
+    @property
+    def skipped(self) -> list[str]:
+        """The paths of the files found unreadable so far."""
+        return sorted(self._skipped)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """Iterate over an epoch's batches from `start_step` on: the very batches of an epoch that was not interrupted.
@@ -164,9 +170,11 @@ class ViewLoader:
         for indices, crops, failures in _stream(self.images, batches, crop, self.workers, self.device):
             _warn_once(failures, self._skipped)
             if len(indices) < fewest:
+                place, num = self.share
+                of_what = "a batch" if num == 1 else f"share {place + 1} of {num} of a batch"
                 raise UserError(
-                    f"only {len(indices)} of a batch of {self.batch_size} images could be read, the last failure being "
-                    f"{failures[-1][1]}"
+                    f"only {len(indices)} of {of_what} of {self.batch_size} images could be read, the last failure "
+                    f"being {failures[-1][1]}"
                 )
             if not len(indices):
                 continue

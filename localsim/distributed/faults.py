@@ -136,6 +136,8 @@ def in_a_sentence(error: Exception, path: Path) -> Exception:
 
 def is_loss(error: Exception) -> bool:
     """Return whether torch says that another process does not answer; gloo has no class of error for it."""
+    if "DataLoader" in str(error):
+        return False
     known = isinstance(error, getattr(dist, "DistError", ()))
     return known or (isinstance(error, RuntimeError) and _LOSS.search(str(error)) is not None)
 

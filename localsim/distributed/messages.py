@@ -36,7 +36,8 @@ class Channel:
         while len(self._under_way) >= self.in_flight:
             self._wait()
         head = torch.zeros(_HEAD, dtype=torch.int64)
-        assert len(tensors) <= _MOST_TENSORS and len(notes) <= _MOST_NOTES
+        if len(tensors) > _MOST_TENSORS or len(notes) > _MOST_NOTES:
+            raise ValueError(f"{len(tensors)} tensors and {len(notes)} numbers are too many for a message")
         head[0], head[1] = len(tensors), len(notes)
         head[2 : 2 + len(notes)] = torch.tensor(list(notes), dtype=torch.int64)
         flat = []
@@ -81,7 +82,7 @@ def packed(value: Any) -> Tensor:
     """Return plain values and tensors as bytes, on the CPU; `unpacked` is the inverse and executes no code."""
     file = io.BytesIO()
     torch.save(value, file)
-    return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+    return torch.frombuffer(file.getbuffer(), dtype=torch.uint8)
 
 
 def unpacked(data: Tensor) -> Any:

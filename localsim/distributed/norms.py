@@ -6,6 +6,7 @@ fused `expand` readout, the pathways of `localsim.transport`).
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from localsim.errors import UserError
 
@@ -40,6 +42,12 @@ def divide(net: nn.Module, peers: Peers | None) -> None:
             module.__class__ = wanted
         if hasattr(module, "peers"):
             vars(module)["peers"] = peers
+        if peers is not None and isinstance(module, _DropoutNd) and module.p > 0:
+            warnings.warn(
+                f"layer {name} is a {type(module).__name__}: every process draws the same for its images, so "
+                f"{peers.size} processes differ from one",
+                stacklevel=2,
+            )
 
 
 class _Divided(_BatchNorm):
@@ -166,7 +174,9 @@ def norm_backward(
     spread = torch.rsqrt(var + eps)
     gain = spread if weight is None else spread * weight.to(spread.dtype)
     per_channel = (1, -1, *[1] * (x.dim() - 2))
-    constant = (gain * sums.to(gain.dtype) / num).view(per_channel).to(of_x.dtype)
-    slope = (gain * spread * slopes.to(gain.dtype) / num).view(per_channel).to(of_x.dtype)
-    centred = x - mean.view(per_channel).to(x.dtype)
-    return torch.addcmul(of_x - constant, centred, slope, value=-1), of_weight, of_bias
+    constant = (gain * sums.to(gain.dtype) / num).view(per_channel)
+    slope = (gain * spread * slopes.to(gain.dtype) / num).view(per_channel)
+    # not in bfloat16, in which what is taken off every value alike would be rounded alike
+    centred = x.to(mean.dtype) - mean.view(per_channel)
+    whole = torch.addcmul(of_x.to(mean.dtype) - constant, centred, slope, value=-1)
+    return whole.to(of_x.dtype), of_weight, of_bias

@@ -60,6 +60,10 @@ class Peers:
         """
         return _Gather.apply(x, self)
 
+    def common(self, x: Tensor) -> Tensor:
+        """Return what every process has alike; the gradients that all give it add up to that of one process."""
+        return _Common.apply(x, self.size)
+
     def gather_rows(self, x: Tensor) -> Tensor:
         """Return what `gather` does, without gradients, for any number of rows on each process."""
         x = x.detach().contiguous()
@@ -124,6 +128,17 @@ class Peers:
         told = [torch.empty_like(x) for _ in range(self.size)]
         dist.all_gather(told, x, group=self.group)
         return torch.stack(told)
+
+
+class _Common(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: int) -> Tensor:
+        ctx.size = size
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad / ctx.size, None
 
 
 class _Gather(torch.autograd.Function):

@@ -41,7 +41,7 @@ class Relay:
     ) -> None:
         self.net, self.stages, self.below, self.above = net, stages, below, above
         contexts = {tap.context for tap in net.taps if tap.stage in stages and tap.context is not None}
-        self._makers = {stage: channel for run, channel in others for stage in contexts if stage in run}
+        self._makers = {stage: channel for run, channel in others for stage in sorted(contexts) if stage in run}
         self._readers = {made: [channel for run, channel in others if _reads(net, run, made)] for made in stages}
         self._images_above = any(tap.context == IMAGES and tap.stage >= stages.stop for tap in net.taps)
         self.images: list[Tensor] = []
@@ -88,19 +88,18 @@ class Relay:
         """Return for every view the images, or the output of a stage that runs above."""
         return self.images if stage == IMAGES else self._makers[stage].receive()[0]
 
-    def receive_signals(self, like: list[Tensor], num: int) -> list[Signal]:
-        """Return the signals that come down to the highest stage here, one set of gradients per view each."""
+    def receive_signals(self) -> list[Signal]:
+        """Return the signals that come down to the highest stage here, one gradient per view each."""
         assert self.above is not None
-        (rows, *grads), _ = self.above.receive()
-        views = len(like)
-        assert len(grads) == num * views
-        return [Signal(row.cpu().numpy(), grads[n * views : (n + 1) * views]) for n, row in enumerate(rows)]
+        (rows, *views), _ = self.above.receive()
+        return [Signal(row.cpu().numpy(), [view[n] for view in views]) for n, row in enumerate(rows)]
 
     def send_signals(self, signals: list[Signal]) -> None:
         """Send down the signals for the highest stage of the process below."""
         assert self.below is not None
         rows = torch.stack([torch.from_numpy(signal.row.copy()) for signal in signals])
-        self.below.send([rows, *(grad for signal in signals for grad in signal.grads)])
+        views = zip(*(signal.grads for signal in signals), strict=True)
+        self.below.send([rows, *(torch.stack(view) for view in views)])
 
     # -- clean passes ------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ all stages, and the top ones are done last.
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -89,9 +90,9 @@ class Team:
         self.copy = self.rank % self.copies
         if self.alone:
             return
-        if config.batch_size < self.copies:
+        if config.batch_size < 2 * self.copies:
             raise UserError(
-                f"batch_size is {config.batch_size}; allowed on {self.copies} shares: {self.copies} or more"
+                f"batch_size is {config.batch_size}; allowed on {self.copies} shares: {2 * self.copies} or more"
             )
         for setting, unusable, why in (
             ("compile", config.compile, "what is compiled cannot ask other processes"),
@@ -249,6 +250,11 @@ class Team:
         """Return an error that all processes raise alike, to be printed by the writing one alone."""
         return error if self.writes else said_elsewhere(error)
 
+    def everyones(self, values: list[str]) -> list[str]:
+        """Return what all processes listed, each once, in order."""
+        lists = [values] if self.alone else exchange(values, self.size)
+        return sorted({value for told in lists for value in told})
+
     def finish(self) -> None:
         """Wait until nobody needs this process any more."""
         if self.alone:
@@ -327,8 +333,12 @@ def join(timeout_seconds: float | None = None) -> Iterator[Team]:
     try:
         yield team
     finally:
+        # what holds a group keeps its connections open, and with them the others waiting
+        team.peers = team.relay = None
+        team._channels, team._lower = [], []
         with suppress(RuntimeError):
             dist.destroy_process_group()
+        gc.collect()
         team.words.leave()
 
 

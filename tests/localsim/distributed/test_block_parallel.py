@@ -19,6 +19,8 @@ from localsim.network import LocalNetwork
 from localsim.placement import place_stages
 
 STEPS = 50
+# two rows that are proportional below the third stage but for rounding
+PROPORTIONAL = Credit([[1, 0, 0, 0], [0.4, 0.9, 1, 0], [0.12, 0.27, 0.3, 1]], (0, 2, 3))
 CASES: dict[str, dict[str, Any]] = {
     "reach 1": {"rule": "blockwise"},
     "loco": {"rule": "loco"},
@@ -26,6 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
     "backpropagation": {"rule": "interlocking", "reach": 4},
     "feedback from the top": {"rule": "clapp_dfb"},
     "the images above": {"rule": "infopro"},
+    "proportional credit": {"credit": PROPORTIONAL.to_config()},
     "direct feedback": {"rule": "loco", "transport": "direct_feedback", "readout": "global", "noise": "none"},
 }
 

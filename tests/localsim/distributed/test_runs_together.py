@@ -13,6 +13,7 @@ from tiny import TINY, assert_same_tensors, checkpoint_tensors
 
 import localsim
 from localsim import runs
+from localsim.credit import Credit
 
 STEPS = 50
 SETTINGS: dict[str, Any] = {
@@ -57,6 +58,8 @@ def alone(tmp_path_factory) -> Path:
 def test_stages_spread_over_processes_make_the_run_of_one(alone, tmp_path, processes):
     on_processes(processes, train_together, [{**SETTINGS, "out": tmp_path / "spread", "parallel": "blocks"}])
     assert_same_run(tmp_path / "spread", alone)
+    (start,) = json.loads((tmp_path / "spread" / "environment.json").read_text())
+    assert start["processes"] == processes
     assert "by place: stage" in (tmp_path / "spread" / "plan.txt").read_text()
 
 
@@ -72,7 +75,15 @@ def test_a_run_goes_on_spread_otherwise_to_the_same_bits(alone, tmp_path):
     assert_same_run(out, alone)
 
 
-def test_a_divided_batch_can_be_divided_otherwise(alone, tmp_path):
+def test_stages_above_the_highest_tap_run_elsewhere_too(tmp_path):
+    """Nothing is learned there, and nobody waits for what does not come."""
+    settings = {**SETTINGS, "credit": Credit([[1, 0, 0, 0]], (0,)), "max_steps": 12}
+    on_processes(1, train_together, [{**settings, "out": tmp_path / "one"}])
+    on_processes(2, train_together, [{**settings, "out": tmp_path / "two", "parallel": "blocks"}])
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+
+
+def test_a_divided_batch_can_be_divided_otherwise(tmp_path):
     """Two shares, then two shares of two groups of stages, then one process; equal but for rounding."""
     out = tmp_path / "shares"
     gentle = {"optimizer": "sgd", "lr": 0.01}
@@ -80,8 +91,11 @@ def test_a_divided_batch_can_be_divided_otherwise(alone, tmp_path):
     on_processes(2, train_together, [{**SETTINGS, **gentle, "out": out, "max_steps": 15}])
     on_processes(4, train_together, [{"out": out, "resume": True, "parallel": "blocks:2", "max_steps": 30}])
     on_processes(1, train_together, [{"out": out, "resume": True}])
-    assert [row["step"] for row in rows(out)] == [row["step"] for row in rows(alone)]
-    mine, theirs, start = (checkpoint_tensors(path) for path in (out, tmp_path / "one", alone))
-    assert mine.keys() == theirs.keys() == start.keys()
+    mine, theirs = (checkpoint_tensors(path) for path in (out, tmp_path / "one"))
+    assert mine.keys() == theirs.keys()
     assert max((mine[name] - x).abs().max() for name, x in theirs.items() if x.is_floating_point()) < 1e-3
-    assert max((start[name] - x).abs().max() for name, x in theirs.items() if x.is_floating_point()) > 1e-1
+    for row, expected in zip(rows(out), rows(tmp_path / "one"), strict=True):
+        for name in ("loss", "effective_rank", "embedding_rank"):
+            assert row[name] == pytest.approx(expected[name], rel=0.02), (row["step"], name)
+        # of 40 images, one may be classified otherwise
+        assert row["online_probe"] == pytest.approx(expected["online_probe"], abs=0.026), row["step"]

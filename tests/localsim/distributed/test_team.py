@@ -90,9 +90,9 @@ def test_what_several_processes_cannot_do_is_refused(settings, told):
         arranged(2, tiny_config(**settings))
 
 
-def test_a_batch_needs_an_image_for_every_share():
-    with pytest.raises(UserError, match="batch_size is 8; allowed on 9 shares: 9 or more"):
-        arranged(9, tiny_config())
+def test_a_batch_needs_two_images_for_every_share():
+    with pytest.raises(UserError, match="batch_size is 8; allowed on 5 shares: 10 or more"):
+        arranged(5, tiny_config())
 
 
 def test_shares_and_stages_of_a_process():
