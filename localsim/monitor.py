@@ -175,7 +175,7 @@ class Monitor:
                 outputs[stage] = out
                 if relay is not None:
                     relay.pass_clean(stage, out, images)
-            seen = list(outputs)
+            seen = [stage for stage in outputs if stage != IMAGES and stage <= highest]
             if relay is not None:
                 outputs |= relay.clean_contexts()
             embeddings = {
@@ -191,9 +191,7 @@ class Monitor:
                     f"the embeddings of tap {self.tap_names[index]} are not finite after step {self.step}"
                 )
         self.ranks = {
-            self.stage_names[stage]: effective_rank(self._checked(net.pooled(outputs[stage])))
-            for stage in seen
-            if stage != IMAGES
+            self.stage_names[stage]: effective_rank(self._checked(net.pooled(outputs[stage]))) for stage in seen
         }
         self.embedding_ranks = {}
         for index, z in embeddings.items():
@@ -211,7 +209,7 @@ class Monitor:
                 )
 
     def _all_rows(self, x: Tensor) -> Tensor:
-        return x if self.peers is None else self.peers.gather(x.detach())
+        return x if self.peers is None else self.peers.gather(x)
 
     def _checked_rows(self, num: int) -> int:
         """Return how many of this process's `num` images are among those looked at; one at least, to be looked away."""
