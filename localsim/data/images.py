@@ -79,7 +79,8 @@ def decode(path: Path) -> Tensor:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    if not stat.S_ISREG(path.stat().st_mode):
+    # an open file may stand for a path, as to PIL
+    if isinstance(path, Path) and not stat.S_ISREG(path.stat().st_mode):
         raise OSError("it is no file")  # a pipe would be waited for
     with warnings.catch_warnings():
         # a small file can claim gigabytes; PIL itself only warns of up to twice as many pixels

@@ -77,7 +77,7 @@ class Words:
                 return said_elsewhere(TrainingFailed(told["text"]))
         return ProcessLost(
             f"process {self.rank} of {self.size} has lost another, which is gone or has not answered within "
-            f"{self.timeout_seconds:g} s ({cause(error)[:200]}); "
+            f"{self.timeout_seconds:g} s ({_reason(error)}); "
             + ("" if self.path is None else f"{_kept(self.path)}; ")
             + "start all processes again"
             + ("" if self.path is None else " with --resume")
@@ -146,6 +146,11 @@ def said_elsewhere(error: ErrorOf) -> ErrorOf:
     """Return the error, which another process prints."""
     vars(error)["said_elsewhere"] = True
     return error
+
+
+def _reason(error: Exception) -> str:
+    """Return the first sentence of an error, without the place in gloo's source that it begins with."""
+    return re.sub(r"^\[[^\]]*\]\s*", "", cause(error)).split(". ")[0][:200]
 
 
 def _kept(path: Path) -> str:

@@ -364,7 +364,7 @@ def stage_groups(parallel: str, processes: int, num_stages: int) -> int:
     if groups > num_stages or processes % groups:
         allowed = [n for n in range(1, num_stages + 1) if processes % n == 0]
         raise UserError(
-            f"parallel {parallel} would spread {num_stages} stages over {groups} of {processes} processes; "
+            f"parallel {parallel} cannot divide {num_stages} stages among {processes} processes; "
             f"allowed: blocks:P with P of {', '.join(map(str, allowed))}"
         )
     return groups

@@ -62,7 +62,7 @@ def test_groups_of_stages(parallel, processes, stages, groups):
         ("rows", 2, 4, "unknown parallel 'rows'; allowed: data, blocks, blocks:P"),
         ("blocks:0", 2, 4, "unknown parallel 'blocks:0'"),
         ("blocks", 1, 4, "parallel blocks needs several processes; start them with torchrun"),
-        ("blocks", 6, 4, "spread 4 stages over 4 of 6 processes; allowed: blocks:P with P of 1, 2, 3"),
+        ("blocks", 6, 4, "cannot divide 4 stages among 6 processes; allowed: blocks:P with P of 1, 2, 3"),
         ("blocks:8", 8, 4, "allowed: blocks:P with P of 1, 2, 4"),
     ],
 )
