@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import os
 import socket
 import traceback
@@ -9,6 +11,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from itertools import pairwise
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,7 +60,9 @@ def on_processes(num: int, function: Callable[..., Any], *arguments: Any, timeou
     for rank in range(num):
         here, there = context.Pipe(duplex=False)
         told = {**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        worker = context.Process(target=_work, args=(there, rank, num, told, function, arguments), daemon=True)
+        # by name: pytest imports test modules under names that a new process cannot import
+        where = Path(inspect.getfile(function)).stem, function.__name__
+        worker = context.Process(target=_work, args=(there, rank, num, told, where, arguments), daemon=True)
         worker.start()
         there.close()
         pipes.append(here)
@@ -83,12 +88,13 @@ def _work(
     rank: int,
     size: int,
     variables: dict[str, str],
-    function: Callable[..., Any],
+    where: tuple[str, str],
     arguments: tuple[Any, ...],
 ) -> None:
     os.environ.update(variables)
     torch.set_num_threads(1)
     try:
+        function = getattr(importlib.import_module(where[0]), where[1])
         pipe.send(("value", function(rank, size, *arguments)))
     except BaseException as error:
         pipe.send(("error", "".join(traceback.format_exception(error))))
