@@ -323,7 +323,7 @@ def test_every_way_that_fits_is_predicted_or_the_one_that_is_asked_for():
     assert (one.parallel, len(one.groups), one.processes) == ("blocks:3", 3, 6)
     assert set(one.spent) == set(SPENT)
     for words, number, sentence in (
-        ("blocks:3", 4, "parallel blocks:3 would spread 3 stages over 3 of 4 processes"),
+        ("blocks:3", 4, "parallel blocks:3 cannot divide 3 stages among 4 processes"),
         ("stages", 4, "unknown parallel 'stages'; allowed: data, blocks, blocks:P"),
         ("data", 16, "16 processes cannot share a batch of 8 images"),
     ):
