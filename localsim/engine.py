@@ -231,25 +231,20 @@ class _Step:
         targets = [*signalled, *parameters]
         if not targets:
             return
-        grads = torch.autograd.grad(loss, targets, allow_unused=True)
+        # all processes compute the same loss, and add up their gradients of it: each has an equal part in it
+        part = loss if self.peers is None else loss / self.peers.size
+        grads = torch.autograd.grad(part, targets, allow_unused=True)
         if wanted:
             found = iter(grads)
             signal = [[_or_zeros(next(found) if x.requires_grad else None, x) for x in parts] for parts in errors]
             joined = [_joined(g, heard[0]) if self.direct else g[0] for g in signal]
             self.alive[tap.stage].signals.append(Signal(row, joined))
             grads = grads[len(signalled) :]
-        if self.peers is not None:
-            # an objective sees the whole batch on every process, and its own gradients must not be added up N times
-            own = {id(p) for p in tap.objective.parameters()} if isinstance(tap.objective, nn.Module) else set()
-            share = 1 / self.peers.size
-            grads = [g * share if g is not None and id(p) in own else g for p, g in zip(parameters, grads, strict=True)]
         self.finish(parameters, grads)
 
     def of_all_images(self, z: Tensor) -> Tensor:
         """Return what a head gave for the whole batch; what has no row per image is the same on every process."""
-        if self.peers is None:
-            return z
-        return self.peers.gather(z) if z.dim() > 1 else self.peers.common(z)
+        return z if self.peers is None or z.dim() < 2 else self.peers.gather(z)
 
     # -- credit routing ----------------------------------------------------------------------------------------------
 

@@ -120,15 +120,15 @@ def train(
                 step += 1
                 row = _row(team, monitor, held.peak if held else 0) if logs else None
                 if row is not None:
-                    seconds = time.monotonic() - logged_at
+                    held_bytes = row.pop("held_bytes")
                     row = {
                         "step": step,
                         "epoch": epoch,
                         "lr": rate,
                         **row,
-                        "images_per_second": images_since_log / seconds,
+                        "images_per_second": images_since_log / (time.monotonic() - logged_at),
+                        "held_bytes": held_bytes,
                     }
-                    row["held_bytes"] = row.pop("held_bytes")
                     runs.append_metrics(path, row)
                     if show_on_board is not None:
                         show_on_board(row)

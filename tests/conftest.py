@@ -1,6 +1,7 @@
 """What all tests share."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -16,13 +17,17 @@ def one_thread():
 
 
 @pytest.fixture(autouse=True)
-def rules_stay_as_they_are() -> Iterator[None]:
-    """Rules that a test adds are taken away again: listings of all rules would meet them in other tests."""
+def registries_stay_as_they_are() -> Iterator[None]:
+    """What a test registers is taken away again: listings would meet it in other tests."""
     from localsim import rules
+    from localsim.own_backbones import REGISTERED
+    from localsim.rules.heads import HEADS
+    from localsim.rules.objectives import OBJECTIVES
 
     rules._all_rules()
-    before = dict(rules._rules), dict(rules._sources)
+    tables: list[dict[str, Any]] = [rules._rules, rules._sources, OBJECTIVES, HEADS, REGISTERED]
+    before = [dict(table) for table in tables]
     yield
-    for now, then in zip((rules._rules, rules._sources), before, strict=True):
-        now.clear()
-        now.update(then)
+    for table, kept in zip(tables, before, strict=True):
+        table.clear()
+        table.update(kept)

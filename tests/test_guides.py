@@ -13,13 +13,8 @@ from tiny import TINY, train_in
 
 import localsim
 from localsim import options
-from localsim import rules as registry
 from localsim.cli import main, make_parser
-from localsim.own_backbones import REGISTERED
 from localsim.presets import resolve
-from localsim.rules import rules
-from localsim.rules.heads import HEADS
-from localsim.rules.objectives import OBJECTIVES
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDES = ("train", "add_a_rule", "add_a_backbone", "add_a_measure", "cluster", "paper", "README")
@@ -28,14 +23,9 @@ SMALL = {**TINY, "train_images": 16, "test_images": 20, "epochs": 1, "warmup_epo
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Stand in an empty folder; what files of the guides register is forgotten afterwards."""
+    """Stand in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    tables: list[dict[str, Any]] = [rules, registry._sources, OBJECTIVES, HEADS, REGISTERED]
-    before = [dict(table) for table in tables]
-    yield tmp_path
-    for table, kept in zip(tables, before, strict=True):
-        table.clear()
-        table.update(kept)
+    return tmp_path
 
 
 def text_of(guide: str) -> str:

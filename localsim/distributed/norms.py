@@ -28,18 +28,18 @@ def divide(net: nn.Module, peers: Peers | None) -> None:
     Those are torch's batch norms, and modules with an attribute `peers` (None where they have the whole batch).
 
     Raises:
-        UserError: a layer derived from batch norm, of which nobody knows what it does.
+        UserError: there are peers, and a layer derived from batch norm of which nobody knows what it does.
     """
     for name, module in net.named_modules():
         if isinstance(module, _BatchNorm):
-            wanted = {True: _ALONE, False: _DIVIDED}[peers is None].get(type(module))
-            if wanted is None:
+            whole = _WHOLE.get(type(module), type(module))
+            if peers is not None and whole not in _DIVIDED:
                 raise UserError(
                     f"layer {name} is a {type(module).__name__}, which cannot be divided among processes; "
                     "allowed: BatchNorm1d, BatchNorm2d, and modules with an attribute `peers`"
                 )
             # as torch's parametrisations do: parameters, buffers, names and hooks stay where they are
-            module.__class__ = wanted
+            module.__class__ = whole if peers is None else _DIVIDED[whole]
         if hasattr(module, "peers"):
             vars(module)["peers"] = peers
         if peers is not None and isinstance(module, _DropoutNd) and module.p > 0:
@@ -77,18 +77,8 @@ class DividedBatchNorm2d(_Divided, nn.BatchNorm2d):
     pass
 
 
-_DIVIDED: dict[type, type] = {
-    nn.BatchNorm1d: DividedBatchNorm1d,
-    nn.BatchNorm2d: DividedBatchNorm2d,
-    DividedBatchNorm1d: DividedBatchNorm1d,
-    DividedBatchNorm2d: DividedBatchNorm2d,
-}
-_ALONE: dict[type, type] = {
-    nn.BatchNorm1d: nn.BatchNorm1d,
-    nn.BatchNorm2d: nn.BatchNorm2d,
-    DividedBatchNorm1d: nn.BatchNorm1d,
-    DividedBatchNorm2d: nn.BatchNorm2d,
-}
+_DIVIDED: dict[type, type] = {nn.BatchNorm1d: DividedBatchNorm1d, nn.BatchNorm2d: DividedBatchNorm2d}
+_WHOLE: dict[type, type] = {divided: whole for whole, divided in _DIVIDED.items()}
 
 
 def statistics(x: Tensor, peers: Peers) -> tuple[Tensor, Tensor, int]:

@@ -55,22 +55,15 @@ class Peers:
     def gather(self, x: Tensor) -> Tensor:
         """Return the rows `(n, ...)` of all processes below each other.
 
-        The gradient of this process's rows goes on, and no other's: what is computed of all rows is computed by every
-        process alike, so each has the whole gradient already.
+        What is computed of all rows is computed by every process alike, and each has an equal part in it. So the
+        gradient that goes on to this process's rows is that of all parts: `size` times the one that arrives for them.
         """
         return _Gather.apply(x, self)
 
-    def common(self, x: Tensor) -> Tensor:
-        """Return what every process has alike; the gradients that all give it add up to that of one process."""
-        return _Common.apply(x, self.size)
-
     def gather_rows(self, x: Tensor) -> Tensor:
         """Return what `gather` does, without gradients, for any number of rows on each process."""
-        x = x.detach().contiguous()
         lengths = self._all(torch.tensor([len(x)], dtype=torch.int64, device=x.device)).flatten().tolist()
-        padded = x.new_zeros((max(lengths), *x.shape[1:]))
-        padded[: len(x)] = x
-        return torch.cat([rows[:length] for rows, length in zip(self._all(padded), lengths, strict=True)])
+        return self._all_rows(x.detach(), lengths)
 
     def combine(self, mean: Tensor, var: Tensor, num: int) -> tuple[Tensor, Tensor, int]:
         """Return mean, variance and number of all processes' values, from those of this one's (Chan et al. 1983, eq. 2.1).
@@ -123,6 +116,12 @@ class Peers:
 
         return finish
 
+    def _all_rows(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Return the rows of all processes, of which each has as many as `lengths` says."""
+        padded = x.new_zeros((max(lengths), *x.shape[1:]))
+        padded[: len(x)] = x
+        return torch.cat([rows[:length] for rows, length in zip(self._all(padded), lengths, strict=True)])
+
     def _all(self, x: Tensor) -> Tensor:
         """Return the tensors of all processes, alike in shape, stacked by rank."""
         told = [torch.empty_like(x) for _ in range(self.size)]
@@ -130,27 +129,14 @@ class Peers:
         return torch.stack(told)
 
 
-class _Common(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, size: int) -> Tensor:
-        ctx.size = size
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad / ctx.size, None
-
-
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, peers: Peers) -> Tensor:
         per_image = len(x) // peers.counts[peers.rank]
         lengths = [count * per_image for count in peers.counts]
-        ctx.start, ctx.length = sum(lengths[: peers.rank]), len(x)
-        padded = x.new_zeros((max(lengths), *x.shape[1:]))
-        padded[: len(x)] = x
-        return torch.cat([rows[:n] for rows, n in zip(peers._all(padded), lengths, strict=True)])
+        ctx.start, ctx.length, ctx.size = sum(lengths[: peers.rank]), len(x), peers.size
+        return peers._all_rows(x, lengths)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.narrow(0, ctx.start, ctx.length).contiguous(), None
+        return grad.narrow(0, ctx.start, ctx.length) * ctx.size, None

@@ -34,12 +34,8 @@ from localsim.runs import load_run
 
 
 @pytest.fixture(autouse=True)
-def registry():
-    before = dict(REGISTERED)
+def mine():
     register_backbone("mine", make, split)
-    yield
-    REGISTERED.clear()
-    REGISTERED.update(before)
 
 
 def layer(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
@@ -183,9 +179,10 @@ def test_settings_of_localsims_networks_are_refused(options, message):
     ],
 )
 def test_what_cannot_be_registered_is_refused(arguments, message):
+    before = dict(REGISTERED)
     with pytest.raises(UserError, match=f"^{re.escape(message)}"):
         register_backbone(*arguments)
-    assert set(REGISTERED) == {"mine"}
+    assert before == REGISTERED
 
 
 def test_a_name_belongs_to_the_module_that_registered_it():

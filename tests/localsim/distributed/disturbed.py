@@ -47,8 +47,6 @@ STEPS = 8
 KINDS: dict[str, dict[str, Any]] = {"data": {}, "blocks": {"parallel": "blocks"}}
 """What two processes divide; under `blocks` process 0 has the top stages."""
 
-_undisturbed: dict[str, Path] = {}
-
 _PRELOADED = ["localsim.experiment", "localsim.cli", "torch.distributed.device_mesh", "torch._dynamo", "torchvision",
               "matplotlib.figure"]  # fmt: skip  # fmt: skip
 
@@ -169,14 +167,13 @@ def run_on(num: int, out: Path, **settings: Any) -> list[Ended]:
 
 
 def undisturbed_runs(folders: pytest.TempPathFactory) -> dict[str, Path]:
-    """Return a run of every one of `KINDS` that nothing disturbed, made once a session; not to be changed."""
+    """Return a new run of every one of `KINDS` that nothing disturbs."""
+    made = {}
     for kind, settings in KINDS.items():
-        if kind not in _undisturbed:
-            path = folders.mktemp("undisturbed") / kind
-            ended = run_on(2, path, **settings)
-            assert [one.code for one in ended] == [0, 0], ended
-            _undisturbed[kind] = path
-    return _undisturbed
+        made[kind] = folders.mktemp("undisturbed") / kind
+        ended = run_on(2, made[kind], **settings)
+        assert [one.code for one in ended] == [0, 0], ended
+    return made
 
 
 def assert_goes_on(path: Path, undisturbed: Path) -> str:

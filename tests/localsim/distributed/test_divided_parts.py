@@ -38,6 +38,18 @@ def gradient(norm: nn.BatchNorm2d, x: Tensor, g: Tensor) -> Tensor:
     return found
 
 
+class OwnNorm(nn.BatchNorm2d):
+    """A layer of which nobody knows what it does across the images."""
+
+
+def test_a_derived_batch_norm_is_refused_by_several_processes_alone():
+    net = nn.Sequential(OwnNorm(3))
+    with pytest.raises(engine.UserError, match="layer 0 is a OwnNorm, which cannot be divided among processes"):
+        divide(net, WholeBatch())
+    divide(net, None)
+    assert type(net[0]) is OwnNorm
+
+
 @pytest.mark.parametrize("mean", [0.0, 3.0, 10.0])
 def test_divided_batch_norm_is_as_exact_in_bfloat16_as_torchs(mean):
     """The gradient adds up to 0 over a channel, but for rounding; a bias would be the same for every image."""

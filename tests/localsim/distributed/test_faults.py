@@ -22,18 +22,12 @@ from disturbed import (
     run_on,
     slow_groups,
     steps_kept,
-    undisturbed_runs,
 )
 
 import localsim
 
 LOST = r"^localsim: process \d of 2 has lost another, which is gone or has not answered within {} s \(.+\); "
 GO_ON = r".*00000004 is kept; start all processes again with --resume$"
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> dict[str, Path]:
-    return undisturbed_runs(tmp_path_factory)
 
 
 def _step(kind: str, rank: int) -> int:

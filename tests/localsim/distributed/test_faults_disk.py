@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import time
 from functools import partial
-from pathlib import Path
 
 import pytest
 from disturbed import (
@@ -20,13 +19,7 @@ from disturbed import (
     run_on,
     slow_disk,
     steps_kept,
-    undisturbed_runs,
 )
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> dict[str, Path]:
-    return undisturbed_runs(tmp_path_factory)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,14 +21,8 @@ from disturbed import (
     run_on,
     say_saved,
     steps_kept,
-    undisturbed_runs,
 )
 from PIL import Image
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> dict[str, Path]:
-    return undisturbed_runs(tmp_path_factory)
 
 
 @pytest.mark.parametrize(("kind", "poison"), [("data", poison_images), ("blocks", poison_weights)])

@@ -22,16 +22,10 @@ from disturbed import (
     run_on,
     start_agent,
     steps_kept,
-    undisturbed_runs,
 )
 from tiny import python
 
 TERM = signal.SIGTERM
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> dict[str, Path]:
-    return undisturbed_runs(tmp_path_factory)
 
 
 @pytest.mark.parametrize(
