@@ -202,13 +202,18 @@ class Credit:
             for stage in range(self.num_stages)
         ]
 
+    def crossing(self, border: int) -> tuple[int, ...]:
+        """Return the taps on stages from `border` on that may change a stage below it."""
+        pairs = zip(self.taps, self.matrix, strict=True)
+        return tuple(tap for tap, (top, row) in enumerate(pairs) if top >= border and row[:border].any())
+
     def signals_down(self, border: int) -> int:
         """Return how many signals come down to stage `border - 1` from the taps at and above stage `border`.
 
         One per group of taps whose credit for what is below the border is proportional: these travel as one.
         """
-        rows = [row[:border] for top, row in zip(self.taps, self.matrix, strict=True) if top >= border]
-        return len({(row / row.max()).tobytes() for row in rows if row.any()})
+        rows = [self.matrix[tap, :border] for tap in self.crossing(border)]
+        return len({(row / row.max()).tobytes() for row in rows})
 
     def _units(self, units_per_stage: Sequence[int] | None) -> Sequence[int]:
         units = [1] * self.num_stages if units_per_stage is None else units_per_stage

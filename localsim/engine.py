@@ -106,12 +106,14 @@ def backward(
         if eager:
             step.fire(now)
             step.route(now)
+            step.tell()
     if not eager:
         for now in range(start, above):
             step.fire(now)
             step.route(now)
+            step.tell()
     if links is not None:
-        step.hear_and_tell(links)
+        step.hear(links)
     step.settle()
     return step.losses
 
@@ -149,6 +151,7 @@ class _Step:
         self.waiting = {index: tap for index, tap in acting.items() if start <= tap.stage < stop}
         self.alive: dict[int, _Segment] = {}
         self.held: dict[int, list[Tensor]] = {}
+        self.untold = set() if links is None else {*net.credit.crossing(start)} & {*taps}
         self.going_down: list[Signal] = []
         self.adding_up: list[tuple[list[nn.Parameter], Callable[[], list[Tensor | None]]]] = []
         self.losses: dict[int, Tensor] = {}
@@ -305,16 +308,29 @@ class _Step:
         arriving = self.going_down if stage == self.start else self.alive[stage - 1].signals
         arriving.append(Signal(signal.row[:stage], list(grads)))
 
-    def hear_and_tell(self, links: Links) -> None:
-        """Complete the step with what comes from the stages above `stop`, and send on what is for those below."""
+    def tell(self, heard: bool = False) -> None:
+        """Send on the signals for the stages below `start`, once no loss that is still to come has a part in them.
+
+        Args:
+            heard: the signals from the stages above `stop` have come.
+        """
+        unheard = {tap for tap in self.untold if self.net.taps[tap].stage >= self.stop and not heard}
+        if self.links is None or not self.untold or unheard or self.untold & self.waiting.keys():
+            return
+        for stage in sorted(self.alive, reverse=True):
+            self.send(stage, for_stages_up_to=self.start - 1)
+        self.links.send_signals(merged(self.going_down, self.start))
+        self.untold = set()
+
+    def hear(self, links: Links) -> None:
+        """Complete the step with what comes from the stages above `stop`."""
         for above in sorted({tap.fires for tap in self.waiting.values()}):
             self.held[above] = links.context(above)
             self.fire(above)
         if self.credit.signals_down(self.stop):
             self.alive[self.stop - 1].signals += links.receive_signals()
         self.route(len(self.net.stages))
-        if self.credit.signals_down(self.start):
-            links.send_signals(merged(self.going_down, self.start))
+        self.tell(heard=True)
 
     def finish(self, parameters: list[nn.Parameter], grads: Sequence[Tensor | None]) -> None:
         """Give parameters their final gradients, at once or when those of all processes have been added up."""

@@ -193,7 +193,20 @@ class _Worker:
         higher = [at for at, work in enumerate(profile.script) if work.stage >= stages.stop]
         # what the one-process step does after stages that run elsewhere needs what comes down from them
         first = higher[0] if higher and self.from_above else len(profile.script)
-        self.before, self.after = ([work for at, work in own if (at < first) == early] for early in (True, False))
+        self.before, self.after = ([(at, w) for at, w in own if (at < first) == early] for early in (True, False))
+        told = self._told_by()
+        self.last_before_telling = max((at for at, _ in own if at < told), default=-1)
+
+    def _told_by(self) -> int:
+        """Return what in the script comes after all that the process below waits for: losses, and what carries them."""
+        script, credit, border = self.profile.script, self.profile.credit, self.stages.start
+        tops = {credit.taps[tap] for tap in credit.crossing(border)}
+        if tops and max(tops) >= self.stages.stop:
+            return len(script)
+        ahead = [work.kind != "stage" or not work.backward for work in script]
+        last_loss = max((at for at, work in enumerate(script) if work.stage in tops and ahead[at]), default=-1)
+        later = range(last_loss + 1, len(script))
+        return next((at for at in later if script[at].kind == "stage" and ahead[at]), len(script))
 
     def advance(self, seconds: float, what: str) -> None:
         self.clock += seconds
@@ -216,23 +229,22 @@ class _Worker:
         if self.copies > 1:
             each = _label_bytes(self.profile) / _LABEL_MESSAGES
             self.advance(_LABEL_MESSAGES * self.machine.gather_seconds(each, self.copies), "embeddings")
-        for work in self.before:
-            self.run(work)
+        for at, work in self.before:
+            self.run(at, work)
             if above and self.up and (work.kind, work.index, work.backward) == ("stage", self.stages[-1], False):
                 if batch >= IN_FLIGHT:
                     self.wait(above.taken[batch - IN_FLIGHT], "neighbours")
                 above.offered.append(self.clock)
 
     def end(self, above: _Worker | None) -> None:
-        """Do the rest of a step, when what comes down is here: a process sends it when it has done its own step."""
+        """Do the rest of a step, when what comes down is here."""
         if above and self.from_above:
             self.receive(self.from_above, above.told_below)
-        for work in self.after:
-            self.run(work)
-        self.told_below = self.clock
+        for at, work in self.after:
+            self.run(at, work)
         self.settle(len(self.pending))
 
-    def run(self, work: Work) -> None:
+    def run(self, at: int, work: Work) -> None:
         num_due = len(self.pending)
         self.advance(work.flops / self.machine.flops, "compute")
         if self.copies > 1:
@@ -255,6 +267,8 @@ class _Worker:
             self.largest = max(self.largest, alive)
             if self.copies == 1:
                 self.settle(1)
+        if at == self.last_before_telling:
+            self.told_below = self.clock
 
     def settle(self, num: int) -> None:
         """Wait for the first gradients that are being added up, and let the optimiser use them."""

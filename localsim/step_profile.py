@@ -18,6 +18,7 @@ from localsim import engine
 from localsim.arithmetic import Arithmetic
 from localsim.config import Config
 from localsim.cost import Watch, blank_batch, without_memory
+from localsim.credit import Credit
 from localsim.distributed.peers import Peers
 from localsim.errors import UserError
 from localsim.memory import HeldBytes, _Held, _identity
@@ -62,6 +63,7 @@ class StepProfile:
 
     Attributes:
         stages: their names.
+        credit: of the taps that act.
         batch_size: images of the whole batch.
         processes: how many share it; `rows` of the images are this one's.
         script: what is done, in order.
@@ -77,6 +79,7 @@ class StepProfile:
 
     rule: str
     stages: tuple[str, ...]
+    credit: Credit
     batch_size: int
     processes: int
     rows: int
@@ -152,12 +155,14 @@ def _profile(net: LocalNetwork, config: Config, taps: Sequence[int], processes: 
             taps=chosen,
             peers=peers,
         )
-    up, down = watch.crossing(net.credit.only(taps), rows * config.views)
+    credit = net.credit.only(taps)
+    up, down = watch.crossing(credit, rows * config.views)
     acting = [net.taps[tap] for tap in taps]
     num = len(net.stages)
     return StepProfile(
         rule=config.rule,
         stages=tuple(stage.name for stage in net.stages),
+        credit=credit,
         batch_size=config.batch_size,
         processes=processes,
         rows=rows,

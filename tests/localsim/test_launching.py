@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -117,7 +118,15 @@ def interrupt_when(ready: Path, number: int) -> threading.Thread:
     return thread
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.fixture(params=[signal.SIGINT, signal.SIGTERM])
+def number(request) -> Iterator[int]:
+    """A signal that is heeded, even where a shell started the tests in the background and so without Ctrl-C."""
+    before = signal.getsignal(request.param)
+    signal.signal(request.param, signal.default_int_handler)
+    yield request.param
+    signal.signal(request.param, before)
+
+
 def test_a_signal_stops_the_processes_in_order_and_starts_no_more(tmp_path, number):
     commands = scripts(tmp_path, {"a": SLOW, "b": "", "c": ""})
     before = signal.getsignal(number)

@@ -19,6 +19,7 @@ from localsim import engine
 from localsim.assembly import build_network
 from localsim.cli import make_parser
 from localsim.cost import cost
+from localsim.credit import Credit
 from localsim.errors import UserError
 from localsim.machines import MACHINES, Machine, machine
 from localsim.memory import HeldBytes
@@ -66,9 +67,11 @@ def global_step(forward, back, *, final=0) -> list[Work]:
 
 
 def a_profile(script, num_stages, processes=1, up=0, down=0, state=1) -> StepProfile:
+    """Return a profile of one loss at the top where gradients come down, else of one per stage."""
     return StepProfile(
         rule="made",
         stages=tuple(f"stage {index}" for index in range(num_stages)),
+        credit=Credit.end_to_end(num_stages) if down else Credit.blockwise(num_stages),
         batch_size=8 * processes,
         processes=processes,
         rows=8,
@@ -169,11 +172,29 @@ def test_a_signal_across_one_of_two_borders_ties_only_the_two():
     # the lower two stages have one loss, on the second of them; the third has its own
     script = [stage(0, 2), stage(1, 3), stage(1, 3, backward=True), stage(0, 2, backward=True)]
     script += [stage(2, 4), stage(2, 4, backward=True)]
-    profile = dataclasses.replace(a_profile(script, 3, up=0), up_bytes=(1, 1), down_bytes=(1, 0))
+    credit = Credit([[1, 1, 0], [0, 0, 1]], (1, 2))
+    profile = dataclasses.replace(a_profile(script, 3, up=0), up_bytes=(1, 1), down_bytes=(1, 0), credit=credit)
     made = predict(profile, a_machine(), apart(3))
     assert made.seconds == pytest.approx(10)
     slow = dataclasses.replace(profile, script=(*script[:-2], stage(2, 9), stage(2, 9, backward=True)))
     assert predict(slow, a_machine(), apart(3)).seconds == pytest.approx(18)
+
+
+def test_overlapping_blocks_wait_for_the_next_stage_alone():
+    """What a loss says to the stage below is sent before that loss's own stage hears from above."""
+    script = [stage(0, 1), tap(0, 0), stage(1, 2), tap(1, 0), stage(1, 3, backward=True), stage(0, 4, backward=True)]
+    script += [stage(2, 5), tap(2, 0), stage(2, 6, backward=True), stage(1, 7, backward=True)]
+    credit = Credit([[1, 1, 0], [0, 1, 1]], (1, 2))
+    profile = dataclasses.replace(a_profile(script, 3), up_bytes=(1, 1), down_bytes=(1, 1), credit=credit)
+    made = predict(profile, a_machine(), apart(3))
+    # the second process: its forward pass, both of the third's (it sends down meanwhile, 3 < 5 + 6), its parameters
+    assert made.seconds == pytest.approx(2 + 5 + 6 + 7)
+    # where the third loss has a part in what the first process hears, the first waits for all of it
+    chain = dataclasses.replace(profile, credit=Credit([[1, 1, 0], [1, 1, 1]], (1, 2)))
+    assert predict(chain, a_machine(), apart(3)).seconds == pytest.approx(1 + 2 + 5 + 6 + 7 + 4)
+    # two processes: the second sends down before it runs the third stage
+    two = predict(profile, a_machine(), [range(1), range(1, 3)])
+    assert two.seconds == pytest.approx(2 + 3 + 5 + 6 + 7)
 
 
 @settings(deadline=None, max_examples=50)

@@ -141,7 +141,8 @@ def test_a_benchmark_scores_what_its_metric_gives_our_features(run, recording, t
             dims=["presentation", "neuroid"],
         )
         expected = float(made._similarity_metric(source, made._assembly))
-    assert found.raw == pytest.approx(expected, abs=1e-10) and abs(found.raw) > 0.2
+    # not a comparison of two zeros; how far from 0, is the network's chance: it was hardly trained
+    assert found.raw == pytest.approx(expected, abs=1e-10) and abs(found.raw) > 0.02
     assert found.ceiling == float(made.ceiling) < 1
     assert found.value == pytest.approx(expected**2 / found.ceiling, abs=1e-10)
     assert (found.region, found.layer, found.model) == ("V4", "stage2", model.identifier)
