@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from localsim.data import Batch
-from localsim.engine import autocast
 from localsim.network import LocalNetwork
+from localsim.precision import autocast
 from localsim.rng import keyed
 
 RAW, READOUT = "raw", "readout"

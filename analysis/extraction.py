@@ -29,9 +29,9 @@ from localsim.analysis.points import Indices, Names, Point, whole
 from localsim.analysis.sources import Source
 from localsim.analysis.spatial import Reducer
 from localsim.analysis.stimuli import Register, Stimuli, in_batches, open_images, shown
-from localsim.engine import autocast
 from localsim.errors import UserError
 from localsim.opening import open_device
+from localsim.precision import autocast
 from localsim.runs import Run
 
 Add = Callable[[str, np.ndarray], None]

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 from tracked import machine, peak_bytes, wait
 
-from localsim.engine import PRECISIONS, autocast
 from localsim.optim import LARS
+from localsim.precision import PRECISIONS, autocast
 from localsim.rng import keyed
 from localsim.rules.heads import Projector
 from localsim.rules.objectives.barlow_twins import BarlowTwins

@@ -18,7 +18,7 @@ import torch
 from tracked import machine
 
 import localsim
-from localsim.engine import PRECISIONS
+from localsim.precision import PRECISIONS
 from localsim.runs import read_metrics
 
 

@@ -15,7 +15,6 @@ layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -25,6 +24,7 @@ from localsim.distributed.peers import Peers
 from localsim.errors import UserError
 from localsim.hooks import Hooks, Links
 from localsim.network import IMAGES, Embedding, LocalNetwork, Tap, tensors_of
+from localsim.precision import at_least_float32, autocast
 from localsim.rng import keyed
 from localsim.signals import Signal, merged, summed
 from localsim.transport import direct_reads
@@ -106,12 +106,12 @@ def backward(
         if eager:
             step.fire(now)
             step.route(now)
-            step.tell()
+            step.tell(now)
     if not eager:
         for now in range(start, above):
             step.fire(now)
             step.route(now)
-            step.tell()
+            step.tell(now)
     if links is not None:
         step.hear(links)
     step.settle()
@@ -151,7 +151,10 @@ class _Step:
         self.waiting = {index: tap for index, tap in acting.items() if start <= tap.stage < stop}
         self.alive: dict[int, _Segment] = {}
         self.held: dict[int, list[Tensor]] = {}
-        self.untold = set() if links is None else {*net.credit.crossing(start)} & {*taps}
+        crossing = [acting[tap].fires for tap in net.credit.crossing(start) if tap in acting]
+        # maps for taps below go the same way as signals, and are waited for first
+        maps_down = [tap.fires for tap in acting.values() if tap.stage < start <= tap.fires < stop]
+        self.tell_after = max(crossing + maps_down) if crossing and links is not None else None
         self.going_down: list[Signal] = []
         self.adding_up: list[tuple[list[nn.Parameter], Callable[[], list[Tensor | None]]]] = []
         self.losses: dict[int, Tensor] = {}
@@ -220,7 +223,7 @@ class _Step:
             embeddings = tap.embed_views(
                 reads, contexts, lambda view: keyed(self.key, "tap", index, view, device=self.net.device)
             )
-        embeddings = [_each(_at_least_float32, z) for z in embeddings]
+        embeddings = [_each(at_least_float32, z) for z in embeddings]
         if self.peers is not None and any(tensors_of(z)[0].dim() < 2 for z in embeddings):
             raise UserError("the head of a tap gives one number per image; a batch that is divided needs rows, (n, d)")
         everyones = [_each(self.of_all_images, z) for z in embeddings]
@@ -247,7 +250,7 @@ class _Step:
 
     def of_all_images(self, z: Tensor) -> Tensor:
         """Return what a head gave for the whole batch; what has no row per image is the same on every process."""
-        return z if self.peers is None or z.dim() < 2 else self.peers.gather(z)
+        return z if self.peers is None or z.dim() < 2 else self.peers.gather(z, alike=True)
 
     # -- credit routing ----------------------------------------------------------------------------------------------
 
@@ -308,19 +311,18 @@ class _Step:
         arriving = self.going_down if stage == self.start else self.alive[stage - 1].signals
         arriving.append(Signal(signal.row[:stage], list(grads)))
 
-    def tell(self, heard: bool = False) -> None:
-        """Send on the signals for the stages below `start`, once no loss that is still to come has a part in them.
+    def tell(self, now: int) -> None:
+        """Send on the signals for the stages below `start`, once no tap that has a part in them is still to fire.
 
         Args:
-            heard: the signals from the stages above `stop` have come.
+            now: the stage that has run; the number of stages when those above `stop` have said all they have to say.
         """
-        unheard = {tap for tap in self.untold if self.net.taps[tap].stage >= self.stop and not heard}
-        if self.links is None or not self.untold or unheard or self.untold & self.waiting.keys():
+        if self.links is None or self.tell_after is None or now < self.tell_after:
             return
         for stage in sorted(self.alive, reverse=True):
             self.send(stage, for_stages_up_to=self.start - 1)
         self.links.send_signals(merged(self.going_down, self.start))
-        self.untold = set()
+        self.tell_after = None
 
     def hear(self, links: Links) -> None:
         """Complete the step with what comes from the stages above `stop`."""
@@ -330,7 +332,7 @@ class _Step:
         if self.credit.signals_down(self.stop):
             self.alive[self.stop - 1].signals += links.receive_signals()
         self.route(len(self.net.stages))
-        self.tell(heard=True)
+        self.tell(len(self.net.stages))
 
     def finish(self, parameters: list[nn.Parameter], grads: Sequence[Tensor | None]) -> None:
         """Give parameters their final gradients, at once or when those of all processes have been added up."""
@@ -382,19 +384,3 @@ def _joined(parts: Sequence[Tensor], like: Tensor) -> Tensor:
 def _per_image(reads: Sequence[Tensor], net: LocalNetwork) -> Tensor:
     """Return the sum of the layers' direct reads, over the patches of every image too."""
     return torch.stack(list(reads)).sum(0).unflatten(0, (-1, net.patches_per_image)).sum(1)
-
-
-def _at_least_float32(z: Tensor) -> Tensor:
-    return z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
-
-
-PRECISIONS = ("full", "bf16")
-
-
-def autocast(precision: str, device_type: str) -> Callable[[], AbstractContextManager]:
-    """Return a maker of the context in which `full` or `bf16` forward passes run; UserError for another word."""
-    if precision == "full":
-        return nullcontext
-    if precision == "bf16":
-        return lambda: torch.autocast(device_type, dtype=torch.bfloat16)
-    raise UserError(f"unknown precision {precision!r}; allowed: {', '.join(PRECISIONS)}")

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,7 +85,7 @@ def run(
     settings = {name: value for name, value in settings.items() if value is not None}
     began = time.monotonic()
     with ExitStack() as held:
-        with join(_timeout_seconds(out if resume else None, settings)) as team:
+        with join(_timeout_seconds(rule, preset, out, settings, resume)) as team:
             say: Say = print if team.writes and not quiet else lambda _text: None
             with team.together():
                 opened = _reopen(rule, preset, out, settings) if resume else _open_new(rule, preset, out, settings)
@@ -104,15 +104,16 @@ def run(
     return opened
 
 
-def _timeout_seconds(out: str | Path | None, settings: Mapping[str, Any]) -> float | None:
-    """Return how long to wait for other processes: as given, or as the run in `out` has it; None for neither.
-
-    Raises:
-        UserError: it is no number that `timeout_seconds` may be.
-    """
-    if "timeout_seconds" not in settings:
-        return None if out is None else runs.load_run(out).config.timeout_seconds
-    return resolve("blockwise", None, {"timeout_seconds": settings["timeout_seconds"]}).timeout_seconds
+def _timeout_seconds(
+    rule: str | None, preset: str | None, out: str | Path | None, settings: Mapping[str, Any], resume: bool
+) -> float | None:
+    """Return how long to wait for other processes: as given, or as the run that goes on has it; None for neither."""
+    with suppress(UserError):  # of all processes one says what is wrong, when they have met
+        if "timeout_seconds" in settings:
+            return resolve("blockwise", None, {"timeout_seconds": settings["timeout_seconds"]}).timeout_seconds
+        if resume:
+            return runs.load_run(_folder(rule, preset, out, settings)).config.timeout_seconds
+    return None
 
 
 def _open_new(rule: str | None, preset: str | None, out: str | Path | None, settings: dict[str, Any]) -> Run:
@@ -257,9 +258,7 @@ def _conclude(opened: Run, prepared: Prepared, say: Say, *, num_skipped: int, wh
 
 
 def _reopen(rule: str | None, preset: str | None, out: str | Path | None, settings: dict[str, Any]) -> Run:
-    if out is None:
-        out = _default_folder(resolve(rule or "blockwise", preset, settings))
-    opened = runs.load_run(out)
+    opened = runs.load_run(_folder(rule, preset, out, settings))
     given = {**settings, "rule": get_rule(rule).name if rule else None, "preset": preset}
     for options in ("objective_options", "head_options"):
         if isinstance(given.get(options), dict):
@@ -269,12 +268,17 @@ def _reopen(rule: str | None, preset: str | None, out: str | Path | None, settin
     if changed:
         name, (there, here) = next(iter(changed.items()))
         raise UserError(
-            f"{out} was started with {name}={there!r}, not {here!r}; resume it without --{name.replace('_', '-')}, "
-            "or start another run with another --out"
+            f"{opened.path} was started with {name}={there!r}, not {here!r}; resume it without "
+            f"--{name.replace('_', '-')}, or start another run with another --out"
         )
     # a limit holds for the call that names it: without one, a resumed run goes on to its end
     free = {"max_steps": None, **{name: value for name, value in settings.items() if name in FREE}}
     return Run(opened.path, dataclasses.replace(opened.config, **free))
+
+
+def _folder(rule: str | None, preset: str | None, out: str | Path | None, settings: Mapping[str, Any]) -> Path:
+    """Return the folder of a run: `out`, or the one that its settings give it."""
+    return _default_folder(resolve(rule or "blockwise", preset, settings)) if out is None else Path(out)
 
 
 def _default_folder(config: Config) -> Path:

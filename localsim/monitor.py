@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from localsim import engine
 from localsim.distributed.peers import Peers
 from localsim.distributed.relay import Relay
 from localsim.errors import TrainingFailed, UserError
 from localsim.network import IMAGES, Embedding, LocalNetwork, tensors_of
+from localsim.precision import autocast
 
 COLLAPSED_RANK = 1.1
 COLLAPSED_SPREAD = 1e-3
@@ -159,7 +159,7 @@ class Monitor:
         self.suspicions = [count if tap in taps else 0 for tap, count in enumerate(self.suspicions)]
         modes = [(module, module.training) for module in (net, *net.stages)]
         net.eval()
-        with torch.no_grad(), engine.autocast(precision, net.device.type)():
+        with torch.no_grad(), autocast(precision, net.device.type)():
             images: Tensor | None = views
             if relay is not None and relay.below is not None:
                 views, images = relay.clean_maps()

@@ -19,10 +19,10 @@ from torch import Tensor
 from localsim.assembly import view_strengths
 from localsim.config import Config
 from localsim.data import Batch, ViewLoader
-from localsim.engine import autocast
 from localsim.errors import UserError
 from localsim.files import write_json
 from localsim.network import IMAGES, LocalNetwork
+from localsim.precision import autocast
 from localsim.schedule import Phase
 
 

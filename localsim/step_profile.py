@@ -336,7 +336,7 @@ class _AmongMany(Peers):
         self.diary, self.rows, self.whole = diary, rows, whole
         self.counts = [rows, whole - rows]
 
-    def gather(self, x: Tensor) -> Tensor:
+    def gather(self, x: Tensor, alike: bool = False) -> Tensor:
         self.diary.entries[-1].embeddings.append(x.numel())
         return torch.cat([x, x.new_empty((len(x) // self.rows * (self.whole - self.rows), *x.shape[1:]))])
 

@@ -14,8 +14,8 @@ from torch import Tensor
 _KINDS = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8)
 _MOST_DIMS = 5
 _PER_TENSOR = 3 + _MOST_DIMS  # kind, layout, number of dimensions, sizes
-_MOST_TENSORS, _MOST_NOTES = 24, 8
-_HEAD = 2 + _MOST_NOTES + _MOST_TENSORS * _PER_TENSOR
+MOST_TENSORS, _MOST_NOTES = 64, 8
+_HEAD = 2 + _MOST_NOTES + MOST_TENSORS * _PER_TENSOR
 
 
 class Channel:
@@ -36,7 +36,7 @@ class Channel:
         while len(self._under_way) >= self.in_flight:
             self._wait()
         head = torch.zeros(_HEAD, dtype=torch.int64)
-        if len(tensors) > _MOST_TENSORS or len(notes) > _MOST_NOTES:
+        if len(tensors) > MOST_TENSORS or len(notes) > _MOST_NOTES:
             raise ValueError(f"{len(tensors)} tensors and {len(notes)} numbers are too many for a message")
         head[0], head[1] = len(tensors), len(notes)
         head[2 : 2 + len(notes)] = torch.tensor(list(notes), dtype=torch.int64)

@@ -52,13 +52,18 @@ class Peers:
         """Return how many rows the process with the most images has where this one has `num_rows`."""
         return max(self.counts) * (num_rows // self.counts[self.rank])
 
-    def gather(self, x: Tensor) -> Tensor:
+    def gather(self, x: Tensor, alike: bool = False) -> Tensor:
         """Return the rows `(n, ...)` of all processes below each other.
 
-        What is computed of all rows is computed by every process alike, and each has an equal part in it. So the
-        gradient that goes on to this process's rows is that of all parts: `size` times the one that arrives for them.
+        The gradient that goes on to this process's rows is the sum of those that all processes have for them, which
+        takes one more message.
+
+        Args:
+            x: rows of this process's images.
+            alike: what is computed of all rows, every process computes alike, and each has an equal part in it. The
+                sum is then `size` times the gradient that this process has, and nothing is said.
         """
-        return _Gather.apply(x, self)
+        return _Gather.apply(x, self, alike)
 
     def gather_rows(self, x: Tensor) -> Tensor:
         """Return what `gather` does, without gradients, for any number of rows on each process."""
@@ -74,6 +79,9 @@ class Peers:
             mean: of any shape, without gradient.
             var: of the same shape, divided by the number of values.
             num: of values that each entry is taken over.
+
+        Returns:
+            m, v and n, without gradient.
         """  # noqa: E501
         flat = torch.cat([mean.flatten(), var.flatten(), mean.new_tensor([num])])
         told = self._all(flat).double()
@@ -85,7 +93,7 @@ class Peers:
         return m.to(mean.dtype).view_as(mean), v.to(var.dtype).view_as(var), int(numbers.sum())
 
     def sum(self, *parts: Tensor) -> list[Tensor]:
-        """Return the sums over all processes of some tensors of one dtype, in one message."""
+        """Return the sums over all processes of some tensors of one dtype, in one message and without gradient."""
         return self._start(parts, self.group)()
 
     def start_sum(self, tensors: Sequence[Tensor | None]) -> Callable[[], list[Tensor | None]]:
@@ -131,12 +139,15 @@ class Peers:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, peers: Peers) -> Tensor:
+    def forward(ctx: Any, x: Tensor, peers: Peers, alike: bool) -> Tensor:
         per_image = len(x) // peers.counts[peers.rank]
         lengths = [count * per_image for count in peers.counts]
-        ctx.start, ctx.length, ctx.size = sum(lengths[: peers.rank]), len(x), peers.size
+        ctx.mine, ctx.peers, ctx.alike = (sum(lengths[: peers.rank]), len(x)), peers, alike
         return peers._all_rows(x, lengths)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.narrow(0, ctx.start, ctx.length) * ctx.size, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        if ctx.alike:
+            return grad.narrow(0, *ctx.mine) * ctx.peers.size, None, None
+        (total,) = ctx.peers.sum(grad)
+        return total.narrow(0, *ctx.mine), None, None

@@ -97,7 +97,8 @@ class Relay:
     def send_signals(self, signals: list[Signal]) -> None:
         """Send down the signals for the highest stage of the process below."""
         assert self.below is not None
-        rows = torch.stack([torch.from_numpy(signal.row.copy()) for signal in signals])
+        device = signals[0].grads[0].device  # all that is in a message arrives there
+        rows = torch.stack([torch.from_numpy(signal.row.copy()) for signal in signals]).to(device)
         views = zip(*(signal.grads for signal in signals), strict=True)
         self.below.send([rows, *(torch.stack(view) for view in views)])
 

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from localsim.distributed import parts
 from localsim.distributed.faults import ErrorOf, Words, in_a_sentence, is_loss, said_elsewhere, within
 from localsim.distributed.launch import Place, find_place
-from localsim.distributed.messages import Channel, exchange, packed, unpacked
+from localsim.distributed.messages import MOST_TENSORS, Channel, exchange, packed, unpacked
 from localsim.distributed.norms import divide
 from localsim.distributed.peers import Peers
 from localsim.errors import ProcessLost, UserError, one_of
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from localsim.network import LocalNetwork
 
 TIMEOUT_SECONDS = 600.0
+MOST_VIEWS = (MOST_TENSORS - 2) // 2
+"""Of which maps and images, with labels and indices, are one message."""
 
 
 class Team:
@@ -103,6 +105,8 @@ class Team:
         if num_groups > 1:
             if config.schedule == "sequential":
                 raise UserError("schedule sequential leaves nothing to do side by side; allowed: --parallel data")
+            if config.views > MOST_VIEWS:
+                raise UserError(f"views is {config.views}; allowed under {config.parallel}: {MOST_VIEWS} or less")
             self.groups = place_stages(stage_costs(config, self.copies), num_groups)
 
     def describe(self) -> list[str]:
@@ -119,7 +123,8 @@ class Team:
         """Join the others: make the groups and links, and leave only this process's stages in memory.
 
         Raises:
-            UserError: a head needs the weights of a stage that runs elsewhere, or a layer cannot be divided.
+            UserError: a head needs the weights of a stage that runs elsewhere, direct feedback begins where nothing is
+                trained, or a layer cannot be divided.
         """
         from localsim.distributed.relay import Relay
 
@@ -132,6 +137,13 @@ class Team:
                 raise UserError(
                     f"the head on stage {tap.stage + 1} follows the weights of the stage above, which would run "
                     "elsewhere; allowed: --parallel data, or fewer processes"
+                )
+        for group in groups if net.transport == "direct_feedback" else ():
+            trains = any(p.requires_grad for stage in group for p in net.stages[stage].parameters())
+            if net.credit.crossing(group.start) and not trains:
+                raise UserError(
+                    f"stages {group.start + 1} to {group.stop} have nothing to train, and direct feedback sends "
+                    "nothing down from there; allowed: --parallel data, or fewer processes"
                 )
         # ranks count from the top stages down, so that the process that writes has the top ones
         row = self.rank // self.copies
@@ -333,7 +345,10 @@ def join(timeout_seconds: float | None = None) -> Iterator[Team]:
     try:
         yield team
     finally:
-        # what holds a group keeps its connections open, and with them the others waiting
+        # what holds a group keeps its connections open, and with them the others waiting; layers and the frames of an
+        # error may hold the peers longer
+        if team.peers is not None:
+            team.peers.group = team.peers.late_group = None
         team.peers = team.relay = None
         team._channels, team._lower = [], []
         with suppress(RuntimeError):
@@ -357,8 +372,8 @@ def stage_groups(parallel: str, processes: int, num_stages: int) -> int:
         raise one_of("parallel", parallel, ("data", "blocks", "blocks:P (a number of processes)"))
     if processes == 1:
         raise UserError(
-            f"parallel {parallel} needs several processes; start them with "
-            "torchrun --nproc-per-node N -m localsim run ..."
+            f"parallel {parallel} needs several processes; start them with torchrun --nproc-per-node N -m localsim "
+            "run ..., or let one go on with --parallel data"
         )
     groups = int(match[1]) if match[1] else min(processes, num_stages)
     if groups > num_stages or processes % groups:

@@ -2,7 +2,7 @@
 
 import copy
 import threading
-from itertools import pairwise
+from itertools import pairwise, permutations
 from queue import Queue
 
 import pytest
@@ -29,8 +29,8 @@ class Parts:
     def __init__(self, net: LocalNetwork, borders: list[int]) -> None:
         self.net = net
         self.parts = [range(*pair) for pair in pairwise([0, *borders, len(net.stages)])]
-        self.maps: dict[int, list[Queue]] = {stage: [] for stage in range(len(net.stages))}
-        self.signals = [Queue() for _ in self.parts]
+        # as between processes: what one part tells another comes in the order it was sent
+        self.boxes = {pair: Queue() for pair in permutations(range(len(self.parts)), 2)}
         self.diary: list[list] = [[] for _ in self.parts]
         self.errors: list[BaseException] = []
         self.working = threading.Lock()  # tests' nets draw from torch's default generator
@@ -51,7 +51,7 @@ class Parts:
         try:
             with self.working:
                 stages = ends.stages
-                entering = ends.waited(ends.below) if ends.below is not None else views
+                entering = ends.waited(ends.part - 1, stages.start - 1) if ends.part else views
                 engine.backward(
                     self.net, *entering, key=KEY, start=stages.start, stop=stages.stop,
                     hooks=engine.Hooks(on_stage=ends.on_stage), links=ends, **options,
@@ -70,37 +70,34 @@ class _Ends:
 
     def __init__(self, all_parts: Parts, part: int) -> None:
         self.all, self.part, self.stages = all_parts, part, all_parts.parts[part]
-        net, here = all_parts.net, self.stages
-        self.below = self._reader(here.start - 1) if here.start else None
-        read = {tap.context for tap in net.taps if tap.stage in here and (tap.context or -1) >= here.stop}
-        self.contexts = {stage: self._reader(stage) for stage in read}
 
-    def _reader(self, stage: int) -> Queue:
-        self.all.maps[stage].append(Queue())
-        return self.all.maps[stage][-1]
-
-    def waited(self, queue: Queue):
+    def waited(self, source: int, what: object):
         self.all.working.release()
         try:
-            return queue.get(timeout=SECONDS)
+            came, message = self.all.boxes[source, self.part].get(timeout=SECONDS)
         finally:
             self.all.working.acquire()
+        assert came == what, f"{came} came where {what} was waited for"
+        return message
 
     def on_stage(self, stage: int, outputs: list[torch.Tensor], _alive: tuple[int, ...]) -> None:
         self.all.diary[self.part].append(("ran", stage))
-        for queue in self.all.maps[stage]:
-            queue.put(outputs)
+        if stage == self.stages.stop - 1 and stage + 1 < len(self.all.net.stages):
+            self.all.boxes[self.part, self.part + 1].put((stage, outputs))
+        for part, run in enumerate(self.all.parts[: self.part]):
+            if any(tap.stage in run and tap.context == stage for tap in self.all.net.taps):
+                self.all.boxes[self.part, part].put((stage, outputs))
 
     def context(self, stage: int) -> list[torch.Tensor]:
-        return self.waited(self.contexts[stage])
+        return self.waited(next(part for part, run in enumerate(self.all.parts) if stage in run), stage)
 
     def receive_signals(self):
         self.all.diary[self.part].append("heard")
-        return self.waited(self.all.signals[self.part])
+        return self.waited(self.part + 1, "signals")
 
     def send_signals(self, signals) -> None:
         self.all.diary[self.part].append("told")
-        self.all.signals[self.part - 1].put(signals)
+        self.all.boxes[self.part, self.part - 1].put(("signals", signals))
 
 
 @settings(deadline=None, max_examples=60)
@@ -109,7 +106,7 @@ def test_parts_of_a_network_learn_what_it_learns_in_one_piece(credit, data, eage
     num = credit.num_stages
     borders = sorted(data.draw(st.sets(st.integers(1, num - 1), max_size=3))) if num > 1 else []
     contexts = {tap: data.draw(st.integers(top, num - 1)) for tap, top in enumerate(credit.taps)}
-    chosen = data.draw(st.sets(st.sampled_from(sorted(contexts)), max_size=1))
+    chosen = data.draw(st.sets(st.sampled_from(sorted(contexts)), max_size=2))
     net, views = make_net(credit, contexts={tap: contexts[tap] for tap in chosen}), make_views()
     whole = copy.deepcopy(net)
     parts = Parts(net, borders)
@@ -139,6 +136,15 @@ def test_signals_go_down_as_soon_as_no_loss_to_come_has_a_part_in_them(credit, b
     parts = Parts(make_net(credit), borders)
     parts.backward(make_views())
     assert [parts.told_when(part) for part in range(len(parts.parts))] == told
+
+
+def test_signals_wait_for_maps_that_are_to_go_the_same_way():
+    credit = Credit.overlapping(
+        4, 2
+    )  # the tap on the second stage reads the highest map, which comes from the same part
+    parts = Parts(make_net(credit, contexts={0: 3}), [2])
+    parts.backward(make_views())
+    assert parts.told_when(1) == ("ran", 3)
 
 
 def test_signals_wait_for_a_loss_that_reads_what_comes_from_above():

@@ -77,7 +77,9 @@ def test_the_readout_is_fused_in_evaluation_whatever_the_shares(monkeypatch):
 
 
 class Scaled(nn.Module):
-    """A head with a learned number that belongs to no image."""
+    """A head that looks across images, with a learned number that belongs to none of them."""
+
+    peers: Peers | None = None
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -85,7 +87,10 @@ class Scaled(nn.Module):
         self.temperature = nn.Parameter(torch.tensor([0.7]))
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return self.map(z), self.temperature
+        rows = self.map(z)
+        # each process puts the mean into rows that no other has: its gradient is not the same everywhere
+        everyones = rows if self.peers is None else self.peers.gather(rows)
+        return rows - everyones.square().mean(0), self.temperature
 
 
 class Pull(nn.Module):
@@ -115,7 +120,7 @@ def learned_numbers(rank: int, size: int) -> dict[str, Any]:
     return {name: p.grad.numpy() for name, p in net.taps.named_parameters() if p.grad is not None}
 
 
-def test_learned_numbers_without_rows_get_the_gradient_of_one_process():
+def test_heads_that_look_across_images_and_numbers_without_rows_get_the_gradient_of_one_process():
     alone = learned_numbers(0, 1)
     assert any("temperature" in name for name in alone) and any("objective" in name for name in alone)
     for found in on_processes(2, learned_numbers):

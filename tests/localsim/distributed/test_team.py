@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from processes import on_processes
 from tiny import tiny_config
 
+from localsim.assembly import build_network
 from localsim.config import Config
 from localsim.distributed.launch import Place, find_place
 from localsim.distributed.messages import Channel, exchange, packed, unpacked
@@ -61,7 +62,7 @@ def test_groups_of_stages(parallel, processes, stages, groups):
     [
         ("rows", 2, 4, "unknown parallel 'rows'; allowed: data, blocks, blocks:P"),
         ("blocks:0", 2, 4, "unknown parallel 'blocks:0'"),
-        ("blocks", 1, 4, "parallel blocks needs several processes; start them with torchrun"),
+        ("blocks", 1, 4, "parallel blocks needs several processes; start .* or let one go on with --parallel data"),
         ("blocks", 6, 4, "cannot divide 4 stages among 6 processes; allowed: blocks:P with P of 1, 2, 3"),
         ("blocks:8", 8, 4, "allowed: blocks:P with P of 1, 2, 4"),
     ],
@@ -83,11 +84,28 @@ def arranged(size: int, config: Config, num_stages: int = 3) -> Team:
         ({"compile": True}, "compile True cannot be had on 2 processes"),
         ({"schedule": "sequential", "feature_cache": True}, "feature_cache True cannot be had on 2 processes"),
         ({"schedule": "sequential", "parallel": "blocks"}, "schedule sequential leaves nothing to do side by side"),
+        (
+            {"rule": "deep_supervision", "views": 40, "parallel": "blocks"},
+            "views is 40; allowed under blocks: 31 or less",
+        ),
     ],
 )
 def test_what_several_processes_cannot_do_is_refused(settings, told):
     with pytest.raises(UserError, match=told):
         arranged(2, tiny_config(**settings))
+
+
+def test_direct_feedback_is_not_sent_from_where_nothing_is_trained():
+    """Its errors are made where the taps are, for the layers that hear them."""
+    net = build_network(config := tiny_config("loco", transport="direct_feedback", parallel="blocks:2"))
+    for stage in list(net.stages)[1:]:
+        stage.requires_grad_(False)
+    team = arranged(2, config)
+    with pytest.raises(
+        UserError, match=r"^stages 2 to 3 have nothing to train, and direct feedback sends nothing down"
+    ):
+        team.groups = (range(1), range(1, 3))
+        team.take_part(net)
 
 
 def test_a_batch_needs_two_images_for_every_share():
