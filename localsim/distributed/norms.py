@@ -156,17 +156,19 @@ def norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, var: Tensor, eps: float, num: int, peers: Peers
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of `divided_norm` with respect to `x`, weight and bias, see there."""
-    # with fixed statistics: what the whole batch adds is a constant and a slope per channel
-    of_x, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
-        grad, x, weight, mean, var, None, None, False, eps, [True, True, True]
+    # with fixed statistics, whose gradients of weight and bias are the same
+    _, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+        grad, x, weight, mean, var, None, None, False, eps, [False, True, True]
     )
     slopes, sums = peers.sum(of_weight, of_bias)
     spread = torch.rsqrt(var + eps)
     gain = spread if weight is None else spread * weight.to(spread.dtype)
     per_channel = (1, -1, *[1] * (x.dim() - 2))
-    constant = (gain * sums.to(gain.dtype) / num).view(per_channel)
-    slope = (gain * spread * slopes.to(gain.dtype) / num).view(per_channel)
-    # not in bfloat16, in which what is taken off every value alike would be rounded alike
-    centred = x.to(mean.dtype) - mean.view(per_channel)
-    whole = torch.addcmul(of_x.to(mean.dtype) - constant, centred, slope, value=-1)
-    return whole.to(of_x.dtype), of_weight, of_bias
+    slope = gain * spread * slopes.to(gain.dtype) / num
+    constant = mean * slope - gain * sums.to(gain.dtype) / num
+    # two passes and one new map, for passes over maps are what batch norm costs on a CPU. Not in bfloat16, in which
+    # what is taken off every value alike would be rounded alike
+    whole = torch.addcmul(constant.view(per_channel), x.to(mean.dtype), slope.view(per_channel), value=-1).addcmul_(
+        grad.to(mean.dtype), gain.view(per_channel)
+    )
+    return whole.to(x.dtype), of_weight, of_bias
