@@ -21,7 +21,7 @@ class UserError(ValueError):
 
 
 class TrainingFailed(UserError):
-    """Training cannot go on: the message says which tap and why, and which checkpoint is kept."""
+    """Training cannot go on: the message says why, of which tap or file, and which checkpoint is kept."""
 
 
 class ProcessLost(TrainingFailed):

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from localsim import checksums
 from localsim.config import Config
-from localsim.errors import UserError, one_of
+from localsim.errors import TrainingFailed, UserError, one_of
 from localsim.files import cause, read_json, write_json, write_text
 from localsim.optim import load_state
 
@@ -263,6 +263,9 @@ def save_checkpoint(path: Path, step: int, state: Mapping[str, Any]) -> Path:
 
     Its files are the same for any number of processes. `state` is that of the whole network, see
     `localsim.distributed.parts.joined`.
+
+    Raises:
+        TrainingFailed: the disk does not take it.
     """
 
     def write(folder: Path) -> None:
@@ -308,7 +311,7 @@ def _write_folder(path: Path, kind: str, step: int, write: Callable[[Path], None
         reason = "No space left on device" if shutil.disk_usage(root).free < 2**20 else cause(error)
         shutil.rmtree(partial, ignore_errors=True)
         kept = newest_checkpoint(path)
-        raise UserError(
+        raise TrainingFailed(
             f"the {kind} after step {step} could not be written ({reason}); "
             + (f"{kept} is kept" if kept else "there is none yet")
             + "; make room and continue with --resume"

@@ -19,7 +19,7 @@ import localsim
 from localsim import checksums, runs
 from localsim.assembly import build_network
 from localsim.config import Config
-from localsim.errors import UserError
+from localsim.errors import TrainingFailed, UserError
 from localsim.optim import make_optimizer
 
 
@@ -197,7 +197,7 @@ def test_a_full_disk_keeps_the_older_checkpoint_and_leaves_nothing_half_written(
     with monkeypatch.context() as patched:
         patched.setattr(*FULL[where])
         told = r"checkpoint after step 6 could not be written \(.*No space left.*\); .*00000005 is kept; make room"
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(TrainingFailed, match=told):
             runs.save_checkpoint(tmp_path, 6, tiny_state(net, optimizer))
     assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["00000005"]
     assert {file.name: file.read_bytes() for file in older.iterdir()} == before
