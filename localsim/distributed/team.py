@@ -29,6 +29,7 @@ from localsim.distributed.norms import divide
 from localsim.distributed.peers import Peers
 from localsim.errors import ProcessLost, UserError, one_of
 from localsim.placement import place_stages, stage_costs
+from localsim.stopping import speak_first
 
 if TYPE_CHECKING:
     from localsim.config import Config
@@ -190,6 +191,7 @@ class Team:
             yield
         except Exception as error:
             failure = error
+            speak_first()
         try:
             said = exchange("" if failure is None else str(failure) or type(failure).__name__, self.size)
         except RuntimeError as error:
@@ -202,6 +204,7 @@ class Team:
             vars(failure)["said_elsewhere"] = first != self.rank and said[first or 0] == said[self.rank]
             raise failure
         if first is not None:
+            speak_first()
             raise said_elsewhere(UserError(f"process {first} of {self.size}: {said[first]}"))
 
     def begin(self, batch: Batch, stop: bool, late: bool) -> int:

@@ -59,22 +59,38 @@ def test_a_second_sigterm_some_seconds_later_ends_a_process_at_once():
     assert (process.returncode, said) == (-TERM, "True\n")
 
 
-def _stop_agent(started: Crew, path: Path) -> None:
+def _wait_for_a_checkpoint(started: Crew, path: Path) -> None:
     while not (path / "checkpoints" / f"{4:08d}").exists():
         assert started.workers[0].exitcode is None, started.logs[0].read_text()
         time.sleep(0.01)
-    started.send(TERM, 0)
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def test_sigterm_to_the_agent_of_torchrun_keeps_a_checkpoint(tmp_path, undisturbed):
     """The agent itself, with processes that are forked."""
     path = tmp_path / "run"
     with start_agent(2, path, seconds_of_steps=0.3, timeout_seconds=60) as started:
-        _stop_agent(started, path)
+        _wait_for_a_checkpoint(started, path)
+        started.send(TERM, 0)
         (agent,) = started.ended(90)
     assert agent.code not in (0, None) and "stopped; continue with --resume" in agent.said, agent
     assert 4 < steps_kept(path)[-1] < 8
     assert_goes_on(path, undisturbed["data"])
+
+
+def test_what_happened_is_said_before_torchrun_ends_all_processes(tmp_path):
+    """It looks ten times a second whether one has ended, and then sends SIGTERM to the others."""
+    path = tmp_path / "run"
+    with start_agent(2, path, seconds_of_steps=0.3, timeout_seconds=60) as started:
+        _wait_for_a_checkpoint(started, path)
+        os.kill(_children(started.workers[0].pid)[-1], signal.SIGKILL)
+        (agent,) = started.ended(90)
+    assert re.search(r"localsim: process \d of 2 has lost another, .* is kept; start .* with --resume", agent.said), (
+        agent
+    )
 
 
 @pytest.mark.slow
@@ -96,9 +112,8 @@ def test_sigterm_to_torchrun_keeps_a_checkpoint(tmp_path, undisturbed, kind):
     while not (path / "metrics.jsonl").exists() or not (path / "metrics.jsonl").read_bytes():
         assert process.poll() is None and time.monotonic() < until
         time.sleep(0.05)
-    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    for pid in workers:
-        os.kill(int(pid), TERM)
+    for pid in _children(process.pid):
+        os.kill(pid, TERM)
     process.send_signal(TERM)
     said, _ = process.communicate(timeout=120)
     assert process.returncode != 0 and "localsim: stopped; continue with --resume" in said, said
