@@ -111,7 +111,7 @@ def together(parts: list[dict[str, dict[str, Any]]], case: str) -> dict[str, Any
     return whole
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_fifty_steps_give_the_weights_of_one_process(processes):
     """In float64; where nothing comes down, to the last bit."""
     parts = on_processes(processes, spread, list(CASES), processes, torch.float64)

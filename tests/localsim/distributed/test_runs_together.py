@@ -54,7 +54,7 @@ def alone(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_stages_spread_over_processes_make_the_run_of_one(alone, tmp_path, processes):
     on_processes(processes, train_together, [{**SETTINGS, "out": tmp_path / "spread", "parallel": "blocks"}])
     assert_same_run(tmp_path / "spread", alone)
